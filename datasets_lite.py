@@ -17,6 +17,7 @@ import pickle
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
@@ -264,20 +265,35 @@ def sample_frames(frames, max_length, rng=None):
 
 # ---------------------------------------------------------------------------------------------- the data set
 
+class ClipReport(NamedTuple):
+    """What the check before the first step found in one pose file; joints are counted over all frames."""
+
+    frames: int = 0
+    unseen: tuple = (0, 0, 0)  # joints at or below the threshold: body, left hand, right hand
+    no_hand: int = 0  # frames in which neither hand was seen
+    not_finite: int = 0  # joints, among the used ones, with a NaN or Inf
+    in_pixels: bool = False
+    problem: str = ""  # why the clip cannot be used
+
+
 def inspect_clip(path):
-    """One pose file -> (frames, unusable joints among body and hands, problem or ""): the check before the first step."""
+    """One pose file -> ClipReport; never raises on what a file holds."""
     try:
         keypoints, scores = load_pose_file(path)
     except (DataError, pickle.UnpicklingError, OSError) as error:
-        return 0, 0, str(error)
-    joints = BODY + LEFT + RIGHT
-    seen = (scores[:, joints] > THRESHOLD) & np.isfinite(keypoints[:, joints]).all(-1)
-    motion = np.concatenate([keypoints[:, BODY], scores[:, BODY, None]], -1)
-    problem = ""
-    if not crop_scale(motion, THRESHOLD)[1]:
-        problem = (f"{path}: no usable body ({int(seen[:, :len(BODY)].sum())} joints above confidence {THRESHOLD} in "
+        return ClipReport(problem=str(error))
+    finite = np.isfinite(keypoints).all(-1)
+    seen = (scores > THRESHOLD) & finite
+    hands = seen[:, LEFT[0]] | seen[:, RIGHT[0]]
+    joints, problem = BODY + LEFT + RIGHT, ""
+    if not crop_scale(np.concatenate([keypoints[:, BODY], scores[:, BODY, None]], -1), THRESHOLD)[1]:
+        problem = (f"{path}: no usable body ({int(seen[:, BODY].sum())} joints above confidence {THRESHOLD} in "
                    f"{len(seen)} frames)")
-    return len(seen), int((~seen).sum()), problem
+    # load_pose_file divides by w_h where it can; what is still far above 1 are pixels
+    in_pixels = bool(seen.any() and np.median(keypoints[seen]) > 2)
+    unseen = tuple(int((~seen[:, part]).sum()) for part in (BODY, LEFT, RIGHT))
+    not_finite = int((~(finite & np.isfinite(scores)))[:, joints].sum())
+    return ClipReport(len(seen), unseen, int((~hands).sum()), not_finite, in_pixels, problem)
 
 
 class SignLanguageDataset(Dataset):
@@ -294,15 +310,10 @@ class SignLanguageDataset(Dataset):
         self.epoch, self.encode = 0, None
         self.entries = list(load_dataset_file(label_path).values())
         self.paths = [self._find(entry) for entry in self.entries]
-        self.lengths, problems, self.unseen = [], {}, 0
-        for entry, (frames, unseen, problem) in zip(self.entries, self._inspect_all()):
-            self.lengths.append(min(frames, config.max_length))
-            self.unseen += unseen
-            self.sampled_down = getattr(self, "sampled_down", 0) + (frames > config.max_length)
-            if problem:
-                problems[entry["name"]] = problem
-        self.bad_clips = problems
-        self._drop_bad(problems)
+        self.reports = self._inspect_all()
+        self.bad_clips = {e["name"]: r.problem for e, r in zip(self.entries, self.reports) if r.problem}
+        self._drop_bad(self.bad_clips)
+        self.lengths = [min(report.frames, config.max_length) for report in self.reports]
 
     def _find(self, entry):
         """The entry's pose, else name.pkl, else name.npz; never outside pose_format."""
@@ -329,7 +340,7 @@ class SignLanguageDataset(Dataset):
             keys.append(f"{path} {stat.st_size} {stat.st_mtime_ns}" if stat else "")
         todo = sorted({path for path, key in zip(self.paths, keys) if key not in cache})
         found = dict(zip(todo, _in_parallel(inspect_clip, todo, f"reading {self.label_path.name}")))
-        results = [tuple(cache[key]) if key in cache else found[path] for path, key in zip(self.paths, keys)]
+        results = [ClipReport(*cache[key]) if key in cache else found[path] for path, key in zip(self.paths, keys)]
         if keep and todo:
             cache_path.parent.mkdir(parents=True, exist_ok=True)
             aside = cache_path.with_suffix(f".{os.getpid()}")
@@ -345,8 +356,8 @@ class SignLanguageDataset(Dataset):
         if self.config.on_bad_clip == "error" or len(problems) == len(self.entries):
             raise DataError(f"{message}\nmend or remove them, or leave them out with --on_bad_clip skip")
         keep = [i for i, entry in enumerate(self.entries) if entry["name"] not in problems]
-        self.entries, self.paths, self.lengths = (
-            [values[i] for i in keep] for values in (self.entries, self.paths, self.lengths))
+        self.entries, self.paths, self.reports = (
+            [values[i] for i in keep] for values in (self.entries, self.paths, self.reports))
         if self.config.output_dir:
             path = Path(self.config.output_dir) / "bad_clips.txt"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -416,31 +427,49 @@ def pad_poses(poses):
 
 
 class LengthBatchSampler(Sampler):
-    """Batches of clips of like length: shuffled, sorted within pools of 16 batches, the batches shuffled again.
+    """Batches of clips of like length, in windows: what one optimiser step sees, batch_size x accumulation x world clips.
 
-    The order follows from seed and epoch alone. Without shuffling: longest first, so that memory fails early.
+    Shuffled, from seed and epoch alone: pools of 16 windows are sorted by length and cut into windows, which come in
+    random order; the clips that fill none come last, as a short one. So a step's clips depend on the window's size, not
+    on how micro-batches and processes divide it. Unshuffled: longest first, so that memory fails early.
+    Process `rank` of `world` takes every world-th batch of a window; where they do not divide evenly, it repeats one
+    that does not count. `start` skips batches of this process that an interrupted epoch has already used.
     """
 
-    def __init__(self, lengths, batch_size, shuffle, seed=0):
+    def __init__(self, lengths, batch_size, shuffle, seed=0, accumulation=1, rank=0, world=1):
         self.lengths, self.batch_size, self.shuffle, self.seed = np.asarray(lengths), batch_size, shuffle, seed
-        self.epoch, self.start = 0, 0
+        self.rank, self.world, self.epoch, self.start = rank, world, 0, 0
+        self.window = batch_size * accumulation * world if shuffle else max(1, len(self.lengths))
 
     def __len__(self):
-        return -(-len(self.lengths) // self.batch_size)
+        full, rest = divmod(len(self.lengths), self.window)
+        share = self.batch_size * self.world
+        return full * -(-self.window // share) + -(-rest // share)
+
+    def plan(self):
+        """This process's epoch: [(number of the batch among all processes', clips, whether it counts)]."""
+        count, size, rng = len(self.lengths), self.batch_size, np.random.default_rng([self.seed, self.epoch])
+        order = rng.permutation(count) if self.shuffle else np.arange(count)
+        whole = count - count % self.window
+        windows = []
+        for begin in range(0, whole, 16 * self.window):
+            part = self._by_length(order[begin:min(whole, begin + 16 * self.window)])
+            windows += [part[i:i + self.window] for i in range(0, len(part), self.window)]
+        windows = [windows[i] for i in rng.permutation(len(windows))] if self.shuffle else windows
+        windows += [self._by_length(order[whole:])] if whole < count else []
+        plan, number = [], 0
+        for window in windows:
+            batches = [window[i:i + size].tolist() for i in range(0, len(window), size)]
+            for i in range(self.rank, -(-len(batches) // self.world) * self.world, self.world):
+                plan.append((number + i, batches[min(i, len(batches) - 1)], i < len(batches)))
+            number += len(batches)
+        return plan
+
+    def _by_length(self, clips):
+        return clips[np.argsort(-self.lengths[clips], kind="stable")]
 
     def __iter__(self):
-        rng = np.random.default_rng([self.seed, self.epoch])
-        size, count = self.batch_size, len(self.lengths)
-        order = rng.permutation(count) if self.shuffle else np.arange(count)
-        pool = 16 * size if self.shuffle else max(1, count)
-        batches = []
-        for begin in range(0, count, pool):
-            part = order[begin:begin + pool]
-            part = part[np.argsort(-self.lengths[part], kind="stable")]
-            batches += [part[i:i + size].tolist() for i in range(0, len(part), size)]
-        if self.shuffle:
-            batches = [batches[i] for i in rng.permutation(len(batches))]
-        yield from batches[self.start:]
+        yield from (clips for _, clips, _ in self.plan()[self.start:])
 
 
 def _in_parallel(function, items, title):
