@@ -61,7 +61,7 @@ class TrainConfig:
     gradient_checkpointing: bool = option(False, "recompute mT5's activations: less memory, about a third more time")
     d_model: int = option(128, "width of an mT5 from scratch, a multiple of 32")
     num_layers: int = option(2, "encoder and decoder blocks, each, of an mT5 from scratch")
-    vocab_size: int = option(1000, "pieces at most of a vocabulary trained on the texts, for an mT5 from scratch")
+    vocab_size: int = option(1000, "longer pieces at most, beside the characters, in the vocabulary of an mT5 from scratch")
 
     # --- loss ---
     label_smoothing: float = option(0.0, "0 = off (review, cause 4); the plain nll is always shown beside it")

@@ -89,11 +89,12 @@ def _unpickle(raw, path):
 
 # ---------------------------------------------------------------------------------------------- labels and poses
 
-def load_dataset_file(path):
+def load_dataset_file(path, problems=None):
     """Labels -> {name: {name, text, gloss (list, may be empty), pose (file name)}}.
 
     Reads a gzip-pickled dict (CSL-Daily, How2Sign) and JSON, as a dict or as CSL-News's list of {video, pose, text}.
-    Raises DataError naming the file or entry, pickle.UnpicklingError for a pickle that asks for more than data.
+    Raises DataError naming the file or entry, pickle.UnpicklingError for a pickle that asks for more than data; where
+    a list of `problems` is given, faulty entries are added to it and left out instead.
     """
     path = Path(path)
     if not path.is_file():
@@ -115,7 +116,17 @@ def load_dataset_file(path):
         raise DataError(f"{path}: holds a {type(data).__name__}, a dict of entries or a list of them was expected")
     if not data:
         raise DataError(f"{path}: holds no entries")
-    return {str(key): _entry(path, str(key), entry) for key, entry in data.items()}
+    entries, faults = {}, []
+    for key, entry in data.items():
+        try:
+            entries[str(key)] = _entry(path, str(key), entry)
+        except DataError as error:
+            faults.append(str(error))
+    if faults and problems is None:
+        raise DataError("\n".join(faults[:5]) + (f"\n... and {len(faults) - 5} more" if len(faults) > 5 else ""))
+    if faults:
+        problems += faults
+    return entries
 
 
 def _entry(path, key, entry):
@@ -304,24 +315,23 @@ class SignLanguageDataset(Dataset):
     left out and listed in output_dir/bad_clips.txt. `encode`, if set, turns texts into labels in the loader's workers.
     """
 
-    def __init__(self, label_path, config, phase="train"):
+    def __init__(self, label_path, config, phase="train", problems=None):
         self.config, self.phase, self.label_path = config, phase, Path(label_path)
         self.pose_dir = self.label_path.parent / "pose_format"
         self.epoch, self.encode = 0, None
-        self.entries = list(load_dataset_file(label_path).values())
+        self.entries = list(load_dataset_file(label_path, problems).values())
         self.paths = [self._find(entry) for entry in self.entries]
         self.reports = self._inspect_all()
-        self.bad_clips = {e["name"]: r.problem for e, r in zip(self.entries, self.reports) if r.problem}
-        self._drop_bad(self.bad_clips)
+        self._drop_bad(problems)
         self.lengths = [min(report.frames, config.max_length) for report in self.reports]
 
     def _find(self, entry):
-        """The entry's pose, else name.pkl, else name.npz; never outside pose_format."""
+        """The entry's pose, else name.pkl, else name.npz; None for one that lies outside pose_format."""
         root = self.pose_dir.resolve()
         for name in (entry["pose"], entry["name"] + ".pkl", entry["name"] + ".npz"):
             path = self.pose_dir / name
             if not path.resolve().is_relative_to(root):
-                raise DataError(f"{self.label_path}: entry {entry['name']} names the pose {name!r}, outside {self.pose_dir}")
+                return None
             if path.is_file():
                 return path
         return self.pose_dir / entry["pose"]
@@ -336,34 +346,40 @@ class SignLanguageDataset(Dataset):
             cache = {}
         keys = []
         for path in self.paths:
-            stat = path.stat() if path.is_file() else None
+            stat = path.stat() if path and path.is_file() else None
             keys.append(f"{path} {stat.st_size} {stat.st_mtime_ns}" if stat else "")
-        todo = sorted({path for path, key in zip(self.paths, keys) if key not in cache})
+        todo = sorted({path for path, key in zip(self.paths, keys) if path and key not in cache})
         found = dict(zip(todo, _in_parallel(inspect_clip, todo, f"reading {self.label_path.name}")))
-        results = [ClipReport(*cache[key]) if key in cache else found[path] for path, key in zip(self.paths, keys)]
+        found[None] = ClipReport(problem=f"its pose lies outside {self.pose_dir}, or a link leads out: refused")
+        reports = [ClipReport(*cache[key]) if key in cache else found[path] for path, key in zip(self.paths, keys)]
         if keep and todo:
             cache_path.parent.mkdir(parents=True, exist_ok=True)
-            aside = cache_path.with_suffix(f".{os.getpid()}")
-            aside.write_text(json.dumps({k: r for k, r in zip(keys, results) if k}), encoding="utf-8")
+            aside = cache_path.with_suffix(f".{os.getpid()}.part")
+            aside.write_text(json.dumps({k: r for k, r in zip(keys, reports) if k}), encoding="utf-8")
             os.replace(aside, cache_path)
-        return results
+        return reports
 
     def _drop_bad(self, problems):
-        if not problems:
+        """Leave out bad clips, or refuse the set, as on_bad_clip says; with a list of problems only name them there."""
+        bad = [f"{e['name']}: {r.problem}" for e, r in zip(self.entries, self.reports) if r.problem]
+        if not bad:
             return
-        first = "".join(f"\n  {problem}" for problem in list(problems.values())[:5])
-        message = f"{self.label_path}: {len(problems)} of {len(self.entries)} clips are unusable, the first:{first}"
-        if self.config.on_bad_clip == "error" or len(problems) == len(self.entries):
+        message = (f"{self.label_path}: {len(bad)} of {len(self.entries)} clips are unusable:\n  " + "\n  ".join(bad[:5])
+                   + (f"\n  ... and {len(bad) - 5} more" if len(bad) > 5 else ""))
+        if problems is None and (self.config.on_bad_clip == "error" or len(bad) == len(self.entries)):
             raise DataError(f"{message}\nmend or remove them, or leave them out with --on_bad_clip skip")
-        keep = [i for i, entry in enumerate(self.entries) if entry["name"] not in problems]
+        keep = [i for i, report in enumerate(self.reports) if not report.problem]
         self.entries, self.paths, self.reports = (
             [values[i] for i in keep] for values in (self.entries, self.paths, self.reports))
+        if problems is not None:
+            problems += bad
+            return
         if self.config.output_dir:
             path = Path(self.config.output_dir) / "bad_clips.txt"
             path.parent.mkdir(parents=True, exist_ok=True)
             old = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
             lines = [line for line in old if not line.startswith(self.phase + "\t")]
-            lines += [f"{self.phase}\t{name}\t{problem}" for name, problem in problems.items()]
+            lines += [f"{self.phase}\t{line}" for line in bad]
             path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         print(f"{message}\nleft out, as on_bad_clip says", flush=True)
 

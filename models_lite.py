@@ -20,6 +20,7 @@ from pathlib import Path
 import sentencepiece
 import torch
 import torch.nn.functional as F
+from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from torch import nn
 from transformers import MT5Config, MT5ForConditionalGeneration, T5Tokenizer
@@ -44,6 +45,7 @@ class TextCodec:
     def __init__(self, tokenizer, max_text_length, keep=None):
         self.tokenizer, self.max_text_length, self.keep = tokenizer, max_text_length, keep
         self.row = {piece_id: row for row, piece_id in enumerate(keep)} if keep else None
+        self.unknown = self.row[tokenizer.unk_token_id] if keep else tokenizer.unk_token_id
 
     def __len__(self):
         return len(self.keep) if self.keep else len(self.tokenizer)
@@ -57,9 +59,8 @@ class TextCodec:
         """A kept piece is its row; a cut one is spelled by its characters, or is the unknown piece."""
         if piece_id in self.row:
             return [self.row[piece_id]]
-        vocabulary, unknown = self._vocabulary(), self.row[self.tokenizer.unk_token_id]
-        characters = self.tokenizer.convert_ids_to_tokens(piece_id)
-        return [self.row.get(vocabulary.get(character), unknown) for character in characters]
+        vocabulary, characters = self._vocabulary(), self.tokenizer.convert_ids_to_tokens(piece_id)
+        return [self.row.get(vocabulary.get(character), self.unknown) for character in characters]
 
     def _vocabulary(self):
         if not hasattr(self, "_pieces"):
@@ -83,13 +84,16 @@ class TextCodec:
 
 
 def train_tokenizer(texts, vocab_size):
-    """A SentencePiece vocabulary of at most vocab_size pieces, learnt on the training texts, normalised as mT5's."""
+    """A SentencePiece vocabulary learnt on the training texts, normalised as mT5's: every character is a piece, and at
+    most vocab_size longer ones, one per 400 characters of text, since a rare piece would be learnt from a few clips."""
+    characters = set(unicodedata.normalize("NFKC", "".join(texts)))
+    longer = min(vocab_size, sum(map(len, texts)) // 400)
     with tempfile.TemporaryDirectory() as folder:
         with open(Path(folder) / "spiece.model", "wb") as file:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(texts), model_writer=file, vocab_size=vocab_size, hard_vocab_limit=False,
-                character_coverage=1.0, byte_fallback=False, normalization_rule_name="nmt_nfkc", pad_id=0, eos_id=1,
-                unk_id=2, bos_id=-1, minloglevel=2)
+                sentence_iterator=iter(texts), model_writer=file, vocab_size=len(characters) + 5 + longer,
+                hard_vocab_limit=False, character_coverage=1.0, byte_fallback=False,
+                normalization_rule_name="nmt_nfkc", pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
         return T5Tokenizer.from_pretrained(folder, extra_ids=0)
 
 
@@ -433,15 +437,40 @@ def _build_mt5(config, texts):
     return tokenizer, mt5, None
 
 
+def make_codec(config, texts):
+    """The TextCodec that a model of this configuration would have, without the model. Raises ConfigError."""
+    if not config.mt5_path:
+        return TextCodec(train_tokenizer(texts, config.vocab_size), config.max_text_length)
+    tokenizer = T5Tokenizer.from_pretrained(mt5_folder(config.mt5_path), extra_ids=0)
+    return TextCodec(tokenizer, config.max_text_length, pieces_to_keep(tokenizer, texts) if config.trim_vocabulary else None)
+
+
+def mt5_folder(path):
+    """mt5_path -> a local folder with vocabulary, config and weights, downloaded where it is a hub name.
+
+    Raises ConfigError where there is none: transformers 5 would go on without a word, with a vocabulary of 3 pieces.
+    """
+    advice = "download google/mt5-small and name its folder, or train a small mT5 from scratch with --mt5_path ''"
+    if not Path(path).is_dir():
+        try:
+            path = snapshot_download(path, allow_patterns=["config.json", "spiece.model", "pytorch_model.bin", "model.safetensors"])
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"mt5_path is {path!r}: no such folder, and the hub did not give it "
+                              f"({str(error).splitlines()[0]}); {advice}") from error
+    found = {file.name for file in Path(path).iterdir()}
+    for needed in ({"config.json"}, {"spiece.model", "tokenizer.json"}, {"model.safetensors", "pytorch_model.bin"}):
+        if not found & needed:
+            raise ConfigError(f"mt5_path {path}: no {' or '.join(sorted(needed))} there (found {sorted(found)[:8]}); {advice}")
+    return path
+
+
 def _pretrained_mt5(path):
+    folder = mt5_folder(path)
     try:
-        tokenizer = T5Tokenizer.from_pretrained(path, extra_ids=0)
-        mt5 = MT5ForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"mt5_path is {path!r}: neither a folder with spiece.model, config.json and weights nor a model "
-                          f"that the hub could give ({reason}); download google/mt5-small and name its folder, or train "
-                          "a small mT5 from scratch with --mt5_path ''") from error
+        tokenizer = T5Tokenizer.from_pretrained(folder, extra_ids=0)
+        mt5 = MT5ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"mt5_path {folder}: not a readable mT5 ({str(error).strip().splitlines()[0]})") from error
     head = mt5.lm_head.weight
     if head is mt5.shared.weight:
         raise ConfigError(f"mt5_path {path}: the head came out tied to the piece table, mT5's own is not")

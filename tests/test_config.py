@@ -1,0 +1,140 @@
+"""The configuration: the contract's defaults, every field checked by name, a typo that cannot go unseen."""
+import ast
+import math
+from dataclasses import fields
+
+import pytest
+from conftest import ROOT
+
+from config_lite import ConfigError, DemoConfig, InferenceConfig, ScratchConfig, TrainConfig
+
+KINDS = [TrainConfig, ScratchConfig, DemoConfig, InferenceConfig]
+NAMES = [item.name for item in fields(TrainConfig)]
+
+
+def not_its_type(item):
+    """Values that a field of this type must refuse, by name."""
+    choices = getattr(item.type, "__args__", None)
+    if choices:
+        return [None, "neither of them", 17, float(choices[0]) if isinstance(choices[0], int) else choices[0].upper()]
+    return {str: [None, 3, b"bytes", ["a"]],
+            bool: [None, 1, 0.0, "true"],
+            int: [None, "3", 2.5, math.nan, math.inf, True, [1]],
+            float: [None, "0.1", math.nan, math.inf, -math.inf, True, [1.0]]}[item.type]
+
+
+def out_of_range(kind, name):
+    """Values of the right type that this field must refuse, by name."""
+    numbers = [] if kind is InferenceConfig else [-1, -0.5]
+    at_least_one = [0] if name in AT_LEAST_ONE else []
+    number = kind.__dataclass_fields__[name].type in (int, float)
+    return (numbers + at_least_one) * number + SPECIAL.get(name, [])
+
+
+AT_LEAST_ONE = {"batch_size", "gradient_accumulation", "max_length", "max_text_length", "epochs", "log_interval",
+                "val_interval", "num_layers", "vocab_size", "learning_rate", "num_beams", "max_new_tokens"}
+SPECIAL = {"label_smoothing": [1.0], "learning_rate": [1.5], "min_lr": [0.1], "d_model": [0, 33], "temporal_stride": [0, 3],
+           "warmup_epochs": [51], "num_beams": [-1], "max_new_tokens": [-1], "no_repeat_ngram_size": [-1]}
+
+
+@pytest.mark.parametrize("kind, name", [(k, item.name) for k in (TrainConfig, InferenceConfig) for item in fields(k)],
+                         ids=lambda value: value if isinstance(value, str) else value.__name__)
+def test_a_bad_value_is_refused_by_name(kind, name):
+    wrong = {}
+    for value in not_its_type(kind.__dataclass_fields__[name]) + out_of_range(kind, name):
+        try:
+            kind(**{name: value})
+            wrong[repr(value)] = "accepted"
+        except ConfigError as error:
+            if name not in str(error) or repr(value) not in str(error):
+                wrong[repr(value)] = f"the message does not name it: {error}"
+        except Exception as error:
+            wrong[repr(value)] = repr(error)
+    assert not wrong, f"{kind.__name__}.{name}: {wrong}"
+
+
+def test_the_message_names_the_choices():
+    with pytest.raises(ConfigError, match="'sinusoidal'.*'learned'.*'none'"):
+        TrainConfig(position_encoding="rotary")
+
+
+@pytest.mark.parametrize("name", ["batch_size", "max_steps"])
+def test_a_whole_float_never_ends_up_where_an_int_is_needed(name):
+    """2.0 may be refused or made 2; kept as a float it would fail hours later, in a slice or a range."""
+    try:
+        value = getattr(TrainConfig(**{name: 2.0}), name)
+    except ConfigError as error:
+        assert name in str(error)
+    else:
+        assert type(value) is int, f"{name} stayed {value!r}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_misspelt_option_fails(kind):
+    with pytest.raises(TypeError):
+        kind(learning_rte=1e-3)
+    with pytest.raises(AttributeError):
+        kind().learning_rte = 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_option_has_a_help_text_and_a_default_that_is_valid(kind):
+    kind()
+    base = InferenceConfig if kind is InferenceConfig else TrainConfig
+    missing = [item.name for item in fields(base) if not item.metadata.get("help")]
+    assert not missing, f"no help: {missing}"
+
+
+def test_the_defaults_are_the_contract_s():
+    wanted = dict(
+        learning_rate=2e-4, batch_size=2, gradient_accumulation=16,  # the review's step 3
+        freeze_decoder_layers=4,  # step 1
+        position_encoding="sinusoidal",  # step 4
+        label_smoothing=0.0,  # cause 4
+        mt5_path="google/mt5-small", data_dir="data/CSL_Daily_lite", language="zh", max_steps=0, init_from="",
+        ctc_weight=0.0, use_tensorboard=False, on_bad_clip="error")
+    config = TrainConfig()
+    found = {name: getattr(config, name) for name in wanted}
+    assert found == wanted
+    assert config.batch_size * config.gradient_accumulation >= 32
+
+
+def test_the_contract_s_options_exist():
+    wanted = """batch_size gradient_accumulation epochs learning_rate weight_decay warmup_epochs min_lr label_smoothing
+        max_length max_text_length gradient_checkpointing use_tensorboard log_dir log_interval val_interval resume_from
+        auto_resume device num_workers max_steps max_grad_norm init_from augment ctc_weight trim_vocabulary train_embedding
+        output_dir seed language position_encoding temporal_stride on_bad_clip""".split()
+    assert not set(wanted) - set(NAMES), f"missing: {sorted(set(wanted) - set(NAMES))}"
+    decoding = {item.name for item in fields(InferenceConfig)}
+    assert decoding == {"num_beams", "max_new_tokens", "length_penalty", "no_repeat_ngram_size"}
+
+
+def test_warm_up_may_be_nothing_or_a_fraction():
+    assert TrainConfig(warmup_epochs=0).warmup_epochs == 0
+    assert TrainConfig(warmup_epochs=0.25).warmup_epochs == 0.25
+
+
+def test_from_scratch_no_pretrained_model_is_asked_for_and_the_budget_is_in_steps():
+    """A budget in epochs would shrink with the data; 2,000 steps stay 2,000 steps at a third of it."""
+    for kind in (ScratchConfig, DemoConfig):
+        config = kind()
+        assert isinstance(config, TrainConfig) and config.mt5_path == "" and config.max_steps > 0, kind.__name__
+        assert config.batch_size * config.gradient_accumulation >= 32, kind.__name__
+
+
+def test_the_demo_differs_from_scratch_only_in_what_it_must():
+    base, demo = ScratchConfig(), DemoConfig()
+    changed = {name for name in NAMES if getattr(base, name) != getattr(demo, name)}
+    assert isinstance(demo, ScratchConfig) and "data_dir" in changed
+    assert changed <= {"data_dir", "max_steps", "epochs", "val_interval"}, f"the demo changes {sorted(changed)}"
+
+
+def test_every_option_is_read_somewhere():
+    """The original's gradient_checkpointing, max_text_length and three more were read nowhere: options that lie."""
+    read = set()
+    for name in ("datasets_lite.py", "models_lite.py", "train_lite.py"):
+        for node in ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8"))):
+            owner = node.value if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) else None
+            if isinstance(owner, ast.Name) and owner.id == "config" or isinstance(owner, ast.Attribute) and owner.attr == "config":
+                read.add(node.attr)
+    assert not set(NAMES) - read, f"options that nothing reads: {sorted(set(NAMES) - read)}"
