@@ -1,10 +1,11 @@
-"""What can be set. One dataclass field is one option: its type, its default, its help and its command-line flag.
+"""What can be set. One dataclass field is one option: type, default, help and command-line flag.
 
-Edit a default here, or give `--field value`. A misspelt name fails (slots), a value out of range is refused by name.
+Edit a default here, or give `--field value`. A misspelt name fails, a value out of range is refused by name.
     TrainConfig    fine-tunes a pretrained mT5 on CSL-Daily; its defaults follow the review
     ScratchConfig  trains a small mT5 from nothing (`--mt5_path ""`): for a corpus of one's own
     DemoConfig     ScratchConfig on the built-in synthetic corpus, so that `python train_lite.py` just runs
 """
+import math
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
@@ -13,7 +14,7 @@ DEMO_DATA_DIR = "data/demo"
 
 
 class ConfigError(ValueError):
-    """A setting is out of range or contradicts another; the message names the field, the value and what would do."""
+    """A setting is out of range or contradicts another; the message names field, value and what would do."""
 
 
 def option(default, help, **metadata):
@@ -28,9 +29,10 @@ class InferenceConfig:
     num_beams: int = option(1, "beams; 1 = greedy")
     max_new_tokens: int = option(64, "longest output, in pieces")
     length_penalty: float = option(1.0, "above 0 favours longer outputs; read with beams only")
-    no_repeat_ngram_size: int = option(0, "forbid repeated n-grams of pieces; 0 = off (signed sentences do repeat words)")
+    no_repeat_ngram_size: int = option(0, "forbid repeated n-grams of pieces; 0 = off: sentences do repeat")
 
     def __post_init__(self):
+        _check_types(self)
         _require(self, "num_beams", self.num_beams >= 1, "at least 1")
         _require(self, "max_new_tokens", self.max_new_tokens >= 1, "at least 1")
         _require(self, "no_repeat_ngram_size", self.no_repeat_ngram_size >= 0, "0 (off) or more")
@@ -41,16 +43,16 @@ class TrainConfig:
     """Fine-tuning a pretrained mT5. Raises ConfigError naming field, value and range."""
 
     # --- data ---
-    data_dir: str = option(DEFAULT_DATA_DIR, "folder with labels.train, labels.dev, labels.test and pose_format/")
-    language: str = option("zh", "language of the texts; decides how they are scored: zh by character, others by word")
-    max_length: int = option(256, "frames a clip at most; longer ones are sampled down over their whole length")
+    data_dir: str = option(DEFAULT_DATA_DIR, "holds labels.train, labels.dev, labels.test, pose_format/")
+    language: str = option("zh", "of the texts: zh is scored by character, others by word")
+    max_length: int = option(256, "frames a clip at most; longer ones are sampled down evenly")
     max_text_length: int = option(64, "pieces a text at most; longer ones are cut and counted")
-    on_bad_clip: Literal["error", "skip"] = option("error", "stop at unusable clips, or leave them out by name")
+    on_bad_clip: Literal["error", "skip"] = option("error", "stop at bad clips, or leave them out")
     augment: bool = option(False, "vary speed, size, tilt and place of the training clips")
     num_workers: int = option(2, "processes that load clips; 0 = in the main process")
 
     # --- model ---
-    mt5_path: str = option("google/mt5-small", "hub name or folder of a pretrained mT5; '' = a small one from scratch")
+    mt5_path: str = option("google/mt5-small", "hub name or folder of an mT5; '' = small, from scratch")
     init_from: str = option("", "another run's best/, whose weights this run starts from; '' = none")
     position_encoding: Literal["sinusoidal", "learned", "none"] = option(
         "sinusoidal", "absolute position added to the projected poses (review, cause 3)")
@@ -58,10 +60,10 @@ class TrainConfig:
     freeze_decoder_layers: int = option(4, "first decoder blocks kept as pretrained (review, step 1)")
     train_embedding: bool = option(True, "train the shared table of pieces, too")
     trim_vocabulary: bool = option(True, "cut pretrained tables to pieces that the training texts can need")
-    gradient_checkpointing: bool = option(False, "recompute mT5's activations: less memory, about a third more time")
+    gradient_checkpointing: bool = option(False, "recompute mT5's activations: less memory, more time")
     d_model: int = option(128, "width of an mT5 from scratch, a multiple of 32")
     num_layers: int = option(2, "encoder and decoder blocks, each, of an mT5 from scratch")
-    vocab_size: int = option(1000, "longer pieces at most, beside the characters, in the vocabulary of an mT5 from scratch")
+    vocab_size: int = option(1000, "longer pieces, beside all characters, of an mT5 from scratch")
 
     # --- loss ---
     label_smoothing: float = option(0.0, "0 = off (review, cause 4); the plain nll is always shown beside it")
@@ -74,7 +76,7 @@ class TrainConfig:
     max_steps: int = option(0, "optimiser steps; 0 = epochs decide")
     learning_rate: float = option(2e-4, "peak rate of AdamW (review, step 3)", aliases=["--lr"])
     min_lr: float = option(1e-6, "the rate at the end of the cosine")
-    warmup_epochs: float = option(5, "epochs of linear warm-up, may be a fraction; with max_steps at most a tenth of it")
+    warmup_epochs: float = option(5, "linear warm-up; at most half of epochs, a tenth of max_steps")
     weight_decay: float = option(0.01, "AdamW's decay; norms and biases are spared")
     max_grad_norm: float = option(1.0, "clip the gradient at this norm; 0 = off")
 
@@ -91,32 +93,21 @@ class TrainConfig:
 
     def __post_init__(self):
         """Check every field by itself, then those that depend on each other."""
-        for item in fields(self):
-            value, choices = getattr(self, item.name), getattr(item.type, "__args__", None)
-            if choices:
-                _require(self, item.name, value in choices, "one of " + ", ".join(map(repr, choices)))
-            elif item.type in (int, float):
-                number = isinstance(value, (int, float)) and not isinstance(value, bool)
-                _require(self, item.name, number and value >= 0, "a number that is not negative")
-                _require(self, item.name, item.type is float or value == int(value), "a whole number")
-            else:
-                _require(self, item.name, isinstance(value, item.type), f"a {item.type.__name__}")
+        _check_types(self)
         for name in ("batch_size", "gradient_accumulation", "max_length", "max_text_length", "vocab_size",
                      "num_layers", "log_interval", "val_interval"):
             _require(self, name, getattr(self, name) >= 1, "at least 1")
         _require(self, "epochs", self.epochs >= 1 or self.max_steps >= 1, "at least 1 where max_steps is 0")
         _require(self, "learning_rate", 0 < self.learning_rate <= 1, "above 0, at most 1")
-        _require(self, "min_lr", self.min_lr <= self.learning_rate, f"at most learning_rate ({self.learning_rate})")
+        _require(self, "min_lr", self.min_lr <= self.learning_rate, f"at most learning_rate {self.learning_rate}")
         _require(self, "label_smoothing", self.label_smoothing < 1, "at least 0 and below 1")
         _require(self, "d_model", self.d_model >= 32 and self.d_model % 32 == 0, "a multiple of 32")
         _require(self, "max_length", self.max_length >= self.temporal_stride, "at least temporal_stride")
-        _require(self, "warmup_epochs", self.max_steps > 0 or self.warmup_epochs <= self.epochs,
-                 f"at most epochs ({self.epochs})")
 
 
 @dataclass(slots=True)
 class ScratchConfig(TrainConfig):
-    """A small mT5 from scratch: no language to keep, so a high rate, a budget in steps, glosses where there are any."""
+    """A small mT5 from scratch: no language to keep, so a high rate, a budget in steps, and glosses."""
 
     mt5_path: str = ""
     learning_rate: float = 1e-3
@@ -133,6 +124,20 @@ class DemoConfig(ScratchConfig):
 
     data_dir: str = DEMO_DATA_DIR
     max_steps: int = 800
+
+
+def _check_types(config):
+    for item in fields(config):
+        value, choices = getattr(config, item.name), getattr(item.type, "__args__", None)
+        if choices:
+            _require(config, item.name, value in choices and type(value) is type(choices[0]), "one of " + ", ".join(map(repr, choices)))
+        elif item.type in (int, float):
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            _require(config, item.name, number, "a finite number")
+            _require(config, item.name, item.type is float or isinstance(value, int), "a whole number")
+            _require(config, item.name, value >= 0 or item.name == "length_penalty", "not negative")
+        else:
+            _require(config, item.name, isinstance(value, item.type), f"a {item.type.__name__}")
 
 
 def _require(config, name, holds, wanted):

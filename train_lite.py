@@ -126,11 +126,10 @@ class Signals:
         self.number, self.before = 0, {}
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
-            for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-                if hasattr(signal, name):  # Windows has no SIGUSR1
-                    number = getattr(signal, name)
-                    self.before[number] = signal.signal(number, self.catch)
+        here = threading.current_thread() is threading.main_thread()
+        for name in ("SIGINT", "SIGTERM", "SIGUSR1") if here else ():
+            if number := getattr(signal, name, None):  # Windows has no SIGUSR1
+                self.before[number] = signal.signal(number, self.catch)
         return self
 
     def __exit__(self, *_):
@@ -142,7 +141,7 @@ class Signals:
         if self.number:
             os._exit(128 + number)
         self.number = number
-        os.write(2, b"\nstopping after this micro-batch, with last.pt written; a second signal stops at once\n")
+        os.write(2, b"\nstopping after this micro-batch, last.pt written; a second signal stops at once\n")
 
 
 def _worker_signals(_):
@@ -223,14 +222,15 @@ def edit_distance(found, wanted):
 def evaluate(model, data_loader, inference, place=Place(), constant="", stop=lambda: 0):
     """Score a whole split -> (metrics, rows of (index, name, reference, prediction) in the split's order).
 
-    dev_loss is the plain nll per token. In eval mode a clip's text depends on that clip alone, so the shuffled
-    scores, for poses exchanged among the clips, need no second decoding. `constant` is the sentence of the
-    constant_bleu4 baseline. Raises Stopped when `stop()` gives a signal's number.
+    dev_loss is the plain nll per token. In eval mode a text depends on its clip alone, so scores for exchanged
+    poses, shuffled_*, need no second decoding. `constant` is the sentence of the constant_bleu4 baseline.
+    Raises Stopped when `stop()` gives a signal's number.
     """
     dataset, plan, started = data_loader.dataset, data_loader.batch_sampler.plan(), time.monotonic()
     rows, sums, was_training = [], [], model.training
     model.eval()
-    bar = tqdm(plan, desc=dataset.phase, unit=" batches", disable=not shows_bars(place), leave=False)
+    quiet = place.rank > 0 or not sys.stderr.isatty()
+    bar = tqdm(plan, desc=dataset.phase, unit=" batches", disable=quiet, leave=False)
     for (number, clips, counts), (src_input, tgt_input) in zip(bar, data_loader):
         if stop():
             raise Stopped(stop())
@@ -240,8 +240,8 @@ def evaluate(model, data_loader, inference, place=Place(), constant="", stop=lam
         with out_of_memory(src_input), place.autocast():
             output = model(src_input, tgt_input)
             texts = model.generate(src_input, **asdict(inference))
-        sums.append((number, output.nll.item() * output.num_tokens, output.num_tokens, output.num_correct))
-        gloss = output.gloss or [None] * len(texts)
+        tokens, gloss = output.num_tokens, output.gloss or [None] * len(texts)
+        sums.append((number, output.nll.item() * tokens, tokens, output.num_correct))
         rows += zip(clips, src_input["names"], tgt_input["gt_sentence"], texts, gloss, tgt_input["gt_gloss"])
     model.train(was_training)
     rows, sums = sorted(place.gather(rows), key=lambda row: row[0]), sorted(place.gather(sums))
@@ -282,11 +282,6 @@ def collapse_warning(metrics, predictions):
 
 # ----------------------------------------------------------------------------------- batches
 
-def shows_bars(place):
-    """Progress bars are for terminals, and for one process."""
-    return place.rank == 0 and sys.stderr.isatty()
-
-
 def make_loader(dataset, batch_size, place=Place(), shuffle=False, accumulation=1):
     """A DataLoader over batches of like length; loading and tokenising happen in its processes."""
     config = dataset.config
@@ -323,7 +318,7 @@ def out_of_memory(src_input):
 def write_whole(path, content):
     """Write bytes (or let content(file) write) beside path, flush to disk, then rename: never half a file.
 
-    Raises RunError naming the path, the need and the space left.
+    Raises RunError naming the path, what was written and the space left.
     """
     path = Path(path)
     aside = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -338,8 +333,8 @@ def write_whole(path, content):
         size = aside.stat().st_size if aside.is_file() else 0
         free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
         aside.unlink(missing_ok=True)
-        raise RunError(f"could not write {path}: {error} (stopped after {size / 1e6:,.1f} MB, {free / 1e6:,.0f} MB "
-                       "are free there); what stood there before is whole") from error
+        raise RunError(f"could not write {path}: {error} (stopped after {size / 1e6:,.1f} MB; {free / 1e6:,.0f} "
+                       "MB are free there); what stood there before is whole") from error
 
 
 def _sync_folder(folder):
@@ -365,7 +360,7 @@ def save_best(run, metrics):
     best, old = run.folder / "best", run.folder / "best.old"
     aside = run.folder / f"best.{os.getpid()}.part"
     description = run.description() | {"constant": run.constant, "model": run.model.description()}
-    files = {name: text.encode() for name, text in _tokenizer_files(run.model).items()}
+    files = {name: text.encode() for name, text in run.tokenizer.items()}
     files |= {"config.json": _json(description), "metrics.json": _json(metrics),
               "model.safetensors": safetensors_bytes(run.model.state_to_save())}
     try:
@@ -406,7 +401,7 @@ def save_checkpoint(path, run):
     """
     state = {name: getattr(run, name) for name in KEPT}
     state |= {"config": run.description(), "model": run.model.state_to_save(),
-              "model_description": run.model.description(), "tokenizer": _tokenizer_files(run.model),
+              "model_description": run.model.description(), "tokenizer": run.tokenizer,
               "optimizer": run.optimizer.state_dict(), "scheduler": run.scheduler.state_dict(),
               "gradients": {n: p.grad for n, p in run.model.named_parameters() if p.grad is not None},
               "finished": run.step >= run.total_steps and run.validated}
@@ -418,14 +413,14 @@ def load_checkpoint(path):
     """last.pt -> its contents, on the CPU. Raises RunError for what is not a checkpoint of this project."""
     path = Path(path)
     if path.suffix == ".pth":
-        raise RunError(f"{path}: a checkpoint of the original scripts. Its front-end averages the joints away and its "
-                       "labels were shifted twice, so its weights are of no use here: start anew, without --resume")
+        raise RunError(f"{path}: a checkpoint of the original scripts, of no use here: its front-end averages the "
+                       "joints away and its labels were shifted twice. Start anew, without --resume")
     if not path.is_file():
         raise RunError(f"{path}: no such checkpoint; without --resume a run goes on from its own last.pt")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise RunError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
+        raise RunError(f"{path}: not a readable checkpoint ({type(error).__name__}: {str(error)[:80]})") from error
     if not isinstance(state, dict) or not {"model", "optimizer", "history", "config"} <= state.keys():
         raise RunError(f"{path}: not a last.pt of this project")
     return state
@@ -465,8 +460,8 @@ def choose_folder(config, description, say=print):
                 return folder, folder / "last.pt"
             changed = changed or "its last.pt is missing"
             if config.output_dir:
-                raise ConfigError(f"output_dir {folder} holds another run ({changed}); nothing was changed: name "
-                                  "another output_dir, or --auto_resume false for the next free one")
+                raise ConfigError(f"output_dir {folder} holds another run ({changed}); nothing was changed: "
+                                  "name another, or --auto_resume false for the next free one")
             say(f"{folder} holds another run ({changed})")
         number += 1
         folder = base.with_name(f"{base.name}-{number}")
@@ -482,7 +477,7 @@ def lock_folder(folder):
         raise RunError(f"could not write into {folder}: {error}; name another output_dir") from error
     if fcntl:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: forked loading processes would keep it
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock would live on in loading processes
         except OSError as error:
             raise RunError(f"another process is training in {folder} ({error}): wait for it, or name another "
                            "output_dir") from error
@@ -530,6 +525,7 @@ class Run:
     asked_to_stop: int = 0  # a signal's number, agreed on by all processes
     data: dict = None  # {"train": SignLanguageDataset, "dev": ...}
     model: SignLanguageLite = None
+    tokenizer: dict = None  # {file name: text}
     net: torch.nn.Module = None  # the model, or DistributedDataParallel around it
     optimizer: torch.optim.Optimizer = None
     scheduler: torch.optim.lr_scheduler.LRScheduler = None
@@ -559,18 +555,16 @@ def make_optimizer(model, config, total_steps, steps_per_epoch):
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trainable if p.ndim > 1], "weight_decay": config.weight_decay},
               {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0}]
-    fused = trainable[0].device.type in ("cpu", "cuda")
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused)
-    warmup = round(config.warmup_epochs * steps_per_epoch)
-    if config.max_steps:
-        warmup = min(warmup, total_steps // 10)
+    optimizer = torch.optim.AdamW(groups, config.learning_rate, fused=trainable[0].device.type != "mps")
+    longest = total_steps // 10 if config.max_steps else total_steps // 2
+    warmup = min(round(config.warmup_epochs * steps_per_epoch), longest)
     # of transformers' two cosines to a minimum, the one whose first step is not lost at rate zero
     return optimizer, get_cosine_with_min_lr_schedule_with_warmup_lr_rate(optimizer, warmup, total_steps,
                                                                           min_lr=config.min_lr)
 
 
 def micro_batch(run, number, counts, src_input, tgt_input, last):
-    """Forward and backward of one batch, its loss summed over tokens; at the window's last, processes exchange."""
+    """Forward and backward of one batch, its loss summed over tokens; at the last, processes exchange."""
     # from seed, epoch and number alone: a resumed run, or more processes, draw the same dropout
     torch.manual_seed(int(np.random.SeedSequence([run.config.seed, run.epoch, number]).generate_state(1)[0]))
     src_input = to_device(src_input, run.place.device)
@@ -588,11 +582,9 @@ def micro_batch(run, number, counts, src_input, tgt_input, last):
 
 
 def optimiser_step(run):
-    """Divide the window's gradient by its tokens, over all processes, clip it and step; skip what is not finite."""
-    shares = run.place.gather([[*run.window.values(), run.signals.number]])
-    *sums, run.asked_to_stop = (max(column) if i == len(run.window) else math.fsum(column)
-                                for i, column in enumerate(zip(*shares)))
-    window = dict(zip(run.window, sums))
+    """Divide the window's gradient by its tokens, over all processes, clip it and step; skip the not finite."""
+    *columns, signals = zip(*run.place.gather([[*run.window.values(), run.signals.number]]))
+    run.asked_to_stop, window = max(signals), dict(zip(run.window, map(math.fsum, columns)))
     parameters = [p for p in run.model.parameters() if p.grad is not None]
     # DistributedDataParallel averages over processes: undo that, the mean is over tokens
     torch._foreach_mul_([p.grad for p in parameters], run.place.world / max(window["tokens"], 1))
@@ -617,8 +609,8 @@ def _report_skipped(run, norm):
     print(f"warning: step {run.step + 1} is skipped: its loss or gradient (norm {norm}) is not finite; "
           f"{run.skipped} so far; clips: {', '.join(names[:32])}", file=sys.stderr, flush=True)
     if run.bad_in_a_row >= 10:
-        raise RunError("10 steps in a row were not finite: lower learning_rate, keep max_grad_norm above 0, and look "
-                       "at the clips named above with `python train_lite.py check`")
+        raise RunError("10 steps in a row were not finite: lower learning_rate, keep max_grad_norm above 0, and "
+                       "look at the clips named above with `python train_lite.py check`")
 
 
 def train_epoch(run):
@@ -653,16 +645,16 @@ def log_line(run):
     tokens, lr = max(run.meter["tokens"], 1), run.scheduler.get_last_lr()[0]
     nll, accuracy = run.meter["nll"] / tokens, 100 * run.meter["correct"] / tokens
     run.place.say(
-        f"epoch {run.epoch + 1:03d} | step {run.step:06d}/{run.total_steps:06d} | loss {run.last_loss:.4f} | nll {nll:.4f} "
-        f"| token accuracy {accuracy:.1f} % | lr {lr:.1e} | {run.meter['clips'] / run.seconds:.0f} clips/s | "
-        f"waiting for data {100 * run.waited / run.seconds:.0f} %")
+        f"epoch {run.epoch + 1:03d} | step {run.step:06d}/{run.total_steps:06d} | loss {run.last_loss:.4f} | "
+        f"nll {nll:.4f} | token accuracy {accuracy:.1f} % | lr {lr:.1e} | "
+        f"{run.meter['clips'] / run.seconds:.0f} clips/s | waiting for data {100 * run.waited / run.seconds:.0f} %")
     if run.writer:
         for name, value in (("loss", run.last_loss), ("nll", nll), ("accuracy", accuracy), ("lr", lr)):
             run.writer.add_scalar(f"train/{name}", value, run.step)
 
 
 def try_to_save(run, last_chance=False):
-    """last.pt, by the first process; where the disk is full it says so, and training goes on to the next save."""
+    """last.pt, by the first process; a full disk is reported, and training goes on to the next save."""
     if run.place.rank == 0:
         _or_warn(lambda: save_checkpoint(run.folder / "last.pt", run), last_chance)
         run.saved_at = time.monotonic()
@@ -703,27 +695,27 @@ def print_validation(run, m, rows):
     gloss = f" | gloss WER {m['gloss_wer']:.1f} %" if "gloss_wer" in m else ""
     run.place.say(
         f"epoch {m['epoch']:03d} | step {m['step']:06d} | dev_loss {m['dev_loss']:.4f} | token accuracy "
-        f"{m['dev_accuracy']:.1f} % | bleu4 {m['bleu4']:.2f} (poses exchanged {m['shuffled_bleu4']:.2f}, one constant "
-        f"sentence {m['constant_bleu4']:.2f}) | chrf {m['chrf']:.1f} | exact_match {m['exact_match']:.1f} % | unique "
-        f"outputs {m['unique_ratio']:.0f} %, references {m['reference_unique_ratio']:.0f} %{gloss}")
+        f"{m['dev_accuracy']:.1f} % | bleu4 {m['bleu4']:.2f} (poses exchanged {m['shuffled_bleu4']:.2f}, one "
+        f"constant sentence {m['constant_bleu4']:.2f}) | chrf {m['chrf']:.1f} | exact_match {m['exact_match']:.1f}"
+        f" % | unique outputs {m['unique_ratio']:.0f} % (references {m['reference_unique_ratio']:.0f} %){gloss}")
     for _, name, reference, prediction in rows[:: max(1, len(rows) // 2)][:2]:
         run.place.say(f"    {name}\n      reference   {reference}\n      prediction  {prediction}")
     uniform = math.log(len(run.model.codec))
     if m["step"] and m["dev_loss"] > uniform:
-        run.place.say(f"warning: dev_loss {m['dev_loss']:.2f} is worse than guessing evenly among all pieces ({uniform:.2f})")
+        run.place.say(f"warning: dev_loss {m['dev_loss']:.2f} is worse than guessing evenly ({uniform:.2f})")
     if m["step"] and (warning := collapse_warning(m, [row[3] for row in rows])):
         run.place.say(warning)
     if run.writer:
         for name, value in m.items():
             if isinstance(value, (int, float)):
                 run.writer.add_scalar(f"dev/{name}", value, m["step"])
-        run.writer.add_text("dev/samples", "\n\n".join(f"{r[2]}\n\n**{r[3]}**" for r in rows[:8]), m["step"])
+        run.writer.add_text("dev/samples", "\n\n".join(f"{r[2]} **{r[3]}**" for r in rows[:8]), m["step"])
 
 
 def write_predictions(path, rows):
     """Name, reference and prediction a line, tab-separated, in the split's order."""
-    lines = ["name\treference\tprediction"] + ["\t".join(" ".join(str(c).split()) for c in r[1:]) for r in rows]
-    write_whole(path, ("\n".join(lines) + "\n").encode())
+    lines = ["\t".join(" ".join(cell.split()) for cell in row[1:]) + "\n" for row in rows]
+    write_whole(path, ("name\treference\tprediction\n" + "".join(lines)).encode())
 
 
 def loop(run):
@@ -781,6 +773,7 @@ def start(run, state):
     run.data = load_data(config, place)
     torch.manual_seed(config.seed)
     run.model = build_model(config, run.data, state).to(place.device)
+    run.tokenizer = _tokenizer_files(run.model)
     for dataset in run.data.values():
         dataset.encode = run.model.codec.encode
     run.constant = Counter(e["text"] for e in run.data["train"].entries).most_common(1)[0][0]
@@ -789,8 +782,8 @@ def start(run, state):
     clips, window = len(run.data["train"]), run.loader.batch_sampler.window
     batches, steps_per_epoch = -(-clips // config.batch_size), -(-clips // window)
     if place.world > batches:
-        raise ConfigError(f"{place.world} processes for {batches} batches of {config.batch_size} clips: start fewer "
-                          "processes, or lower batch_size")
+        raise ConfigError(f"{place.world} processes for {batches} batches of {config.batch_size} clips: start "
+                          "fewer processes, or lower batch_size")
     run.total_steps = config.max_steps or config.epochs * steps_per_epoch
     run.optimizer, run.scheduler = make_optimizer(run.model, config, run.total_steps, steps_per_epoch)
     if state:
@@ -803,7 +796,7 @@ def start(run, state):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ConfigError("use_tensorboard needs a package that is missing: pip install tensorboard") from error
+            raise ConfigError("use_tensorboard needs what is missing: pip install tensorboard") from error
         run.writer = SummaryWriter(Path(config.log_dir) / run.folder.name)
     print_plan(run, window)
 
@@ -812,8 +805,8 @@ def restore(run, state):
     """Put a run where last.pt left it; the schedule is that of the budget asked for now."""
     run.optimizer.load_state_dict(state["optimizer"])
     run.scheduler.load_state_dict(state["scheduler"])
-    for group, base, factor in zip(run.optimizer.param_groups, run.scheduler.base_lrs, run.scheduler.lr_lambdas):
-        group["lr"] = base * factor(run.scheduler.last_epoch)
+    for group, factor in zip(run.optimizer.param_groups, run.scheduler.lr_lambdas):
+        group["lr"] = run.config.learning_rate * factor(run.scheduler.last_epoch)
     for name in KEPT:
         setattr(run, name, state[name])
     named = dict(run.model.named_parameters())
@@ -831,10 +824,11 @@ def print_plan(run, window):
     place.say(f"vocabulary: {len(codec):,} of {len(codec.tokenizer):,} pieces kept; they cover {covered:.2f} % of "
               "dev's, the rest is spelled by characters")
     precision = "fp32" if isinstance(place.autocast(), nullcontext) else "bf16 autocast"
-    place.say(f"a step: {config.batch_size} clips x {config.gradient_accumulation} accumulated x {place.world} processes "
-              f"= {window} clips; {run.total_steps} steps; {place.device}, {precision}, {torch.get_num_threads()} threads")
+    place.say(f"a step: {config.batch_size} clips x {config.gradient_accumulation} accumulated x {place.world} "
+              f"processes = {window} clips; {run.total_steps} steps; {place.device}, {precision}, "
+              f"{torch.get_num_threads()} threads")
     if window < 32:
-        place.say(f"warning: batch_size x gradient_accumulation x processes is {window}, under 32 (review, step 3)")
+        place.say(f"warning: batch_size x gradient_accumulation x processes is {window}: the review asks for 32")
 
 
 def train(config, inference):
@@ -845,8 +839,8 @@ def train(config, inference):
     labels = [Path(config.data_dir) / f"labels.{split}" for split in ("train", "dev")]
     for path in labels:
         if not path.is_file():
-            raise DataError(f"data_dir {config.data_dir}: no {path.name} there; it must hold labels.train, labels.dev, "
-                            "labels.test and pose_format/")
+            raise DataError(f"data_dir {config.data_dir}: no {path.name} there; it must hold labels.train, "
+                            "labels.dev, labels.test and pose_format/")
     run = Run(config, inference, place, labels=f"{zlib.crc32(labels[0].read_bytes()):08x}")
     chosen = [choose_folder(config, run.description(), place.say)] if place.rank == 0 else []
     run.folder, last = place.gather(chosen)[0]
@@ -854,9 +848,9 @@ def train(config, inference):
     lock = lock_folder(run.folder) if place.rank == 0 else None
     state = load_checkpoint(last) if last else None
     if state and state["finished"] and not _differences(run.description(), state["config"]):
-        run.history = state["history"]
-        place.say(f"{run.folder}: this run is finished, at step {state['step']}; nothing was changed. To go on, raise "
-                  f"{'max_steps' if config.max_steps else 'epochs'}; to begin anew, --auto_resume false")
+        run.history, budget = state["history"], "max_steps" if config.max_steps else "epochs"
+        place.say(f"{run.folder}: this run is finished, at step {state['step']}; nothing was changed. To go on, "
+                  f"raise {budget}; to begin anew, --auto_resume false")
     else:
         start(run, state)
         place.say(f"resumed from {last} at step {run.step}" if state else f"writing to {run.folder}")
@@ -865,8 +859,9 @@ def train(config, inference):
             return 128 + stopped_by
     place.say(f"next: python train_lite.py evaluate {run.folder} --split test")
     first, end = run.history[0], run.history[-1]
-    place.say(f"dev_loss {first['dev_loss']:.4f} -> {end['dev_loss']:.4f} | exact_match {first['exact_match']:.2f} -> "
-              f"{end['exact_match']:.2f} | best epoch {run.best['epoch']} | {run.folder / 'best'}")
+    place.say(f"dev_loss {first['dev_loss']:.4f} -> {end['dev_loss']:.4f} | exact_match "
+              f"{first['exact_match']:.2f} -> {end['exact_match']:.2f} | best epoch {run.best['epoch']} | "
+              f"{run.folder / 'best'}")
     if lock:
         lock.close()
     return 0
@@ -881,7 +876,7 @@ def run_to_end(run):
             loop(run)
         except Stopped as stopped:
             try_to_save(run, last_chance=True)
-            run.place.say(f"stopped by signal {stopped.args[0]} at step {run.step}; the same command goes on from here")
+            run.place.say(f"stopped by signal {stopped.args[0]} at step {run.step}; the same command goes on")
             return stopped.args[0]
         finally:
             if run.writer:
@@ -893,8 +888,8 @@ def run_to_end(run):
 
 def demo_banner(config, place):
     """Say that this is the demo, and write its corpus on first use."""
-    place.say(f"There is no data in {DEFAULT_DATA_DIR}, so this is the built-in DEMO of synthetic signers: it shows that "
-              "the code learns, not how well it reads people. For data of your own: --data_dir FOLDER")
+    place.say(f"There is no data in {DEFAULT_DATA_DIR}, so this is the built-in DEMO of synthetic signers: it shows "
+              "that the code learns, not how well it reads people. For data of your own: --data_dir FOLDER")
     if place.rank == 0 and not Path(config.data_dir).exists():
         make_demo_corpus(config.data_dir)
     if place.world > 1:
@@ -1053,13 +1048,14 @@ def evaluate_command(config, inference, args):
     for key, value in {"exact_match": metrics["exact_match"], **metrics}.items():
         interval = " [{:.2f}, {:.2f}]".format(*intervals[key]) if key in intervals else ""
         print(f"{key} {value if isinstance(value, str) else format(value, '.4f' if key == 'dev_loss' else '.2f')}{interval}")
-    print(collapse_warning(metrics, predictions) or "the ten worst clips, by chrF:")
+    print(collapse_warning(metrics, predictions) + "\nthe ten worst clips, by chrF:")
     chrf = [CHRF().sentence_score(p, [r]).score for p, r in zip(predictions, references)]
     for i in np.argsort(chrf, kind="stable")[:10]:
         print(f"    {rows[i][1]}\n      reference   {rows[i][2]}\n      prediction  {rows[i][3]}")
     out = Path(args.run) / f"predictions_{args.split}.txt"
     write_predictions(out, rows)
-    print(f"predictions beside references: {out}")
+    write_whole(out.with_name(f"metrics_{args.split}.json"), _json(metrics))
+    print(f"predictions beside references: {out}; all figures: metrics_{args.split}.json beside it")
     return 0
 
 
@@ -1079,19 +1075,20 @@ def translate_command(config, inference, args):
     place, bad = find_place(config), 0
     model = SignLanguageLite.from_pretrained(find_best(args.run)).to(place.device)
     for begin in range(0, len(args.clips), EVAL_BATCH):
-        poses = {}
+        names, poses = [], []
         for path in args.clips[begin:begin + EVAL_BATCH]:
             try:
-                poses[path] = read_clip(path, model.config)
+                poses.append(read_clip(path, model.config))
+                names.append(path)
             except (DataError, pickle.UnpicklingError, OSError) as error:
                 bad += 1
                 print(f"error: {error}", file=sys.stderr, flush=True)
         if not poses:
             continue
-        src_input = to_device(pad_poses(list(poses.values())), place.device)
+        src_input = to_device(pad_poses(poses), place.device)
         with out_of_memory(src_input), place.autocast():
             texts = model.generate(src_input, **asdict(inference))
-        for path, text in zip(poses, texts):
+        for path, text in zip(names, texts):
             print(json.dumps({"clip": path, "text": text}, ensure_ascii=False) if args.json else f"{path}\t{text}",
                   flush=True)
     return 1 if bad else 0

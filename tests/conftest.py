@@ -120,7 +120,7 @@ def without_dropout(model):
 
 # ---------------------------------------------------------------------------------------------- a tiny "pretrained" mT5
 
-MT5_SIZES = dict(d_model=32, d_kv=8, num_heads=4, d_ff=64, num_layers=3, num_decoder_layers=6, decoder_start_token_id=0)
+MT5_SIZES = dict(d_model=32, d_kv=8, num_heads=4, d_ff=64, num_layers=6, num_decoder_layers=6, decoder_start_token_id=0)
 
 
 @pytest.fixture(scope="session")

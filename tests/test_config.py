@@ -34,7 +34,7 @@ def out_of_range(kind, name):
 AT_LEAST_ONE = {"batch_size", "gradient_accumulation", "max_length", "max_text_length", "epochs", "log_interval",
                 "val_interval", "num_layers", "vocab_size", "learning_rate", "num_beams", "max_new_tokens"}
 SPECIAL = {"label_smoothing": [1.0], "learning_rate": [1.5], "min_lr": [0.1], "d_model": [0, 33], "temporal_stride": [0, 3],
-           "warmup_epochs": [51], "num_beams": [-1], "max_new_tokens": [-1], "no_repeat_ngram_size": [-1]}
+           "num_beams": [-1], "max_new_tokens": [-1], "no_repeat_ngram_size": [-1]}
 
 
 @pytest.mark.parametrize("kind, name", [(k, item.name) for k in (TrainConfig, InferenceConfig) for item in fields(k)],

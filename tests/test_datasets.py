@@ -1,0 +1,1081 @@
+"""From files to batches: what is read, what is refused and how, and that no pose whatever makes a batch unfit."""
+import codecs
+import gzip
+import json
+import os
+import pickle
+import subprocess
+import time
+import warnings
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import entry, random_clip, scratch_config, shared, write_corpus, write_labels, write_pose
+
+import datasets_lite
+from datasets_lite import (BODY, LEFT, RIGHT, THRESHOLD, DataError, LengthBatchSampler, SignLanguageDataset, crop_scale,
+                           load_dataset_file, load_part_kp, load_pose_file, make_demo_corpus, read_clip)
+
+NAN, INF = float("nan"), float("inf")
+REFUSED = (DataError, pickle.UnpicklingError)
+
+
+def finite_and_bounded(parts):
+    """Complaints about tensors that are not finite or leave -1..1."""
+    return [f"{name}: {tensor.isnan().sum()} NaN, {tensor.isinf().sum()} Inf, largest {tensor.abs().max()}"
+            for name, tensor in parts.items() if not (tensor.isfinite().all() and tensor.abs().max() <= 1)]
+
+
+# ---------------------------------------------------------------------------------------------- crop_scale
+
+def motion_of(frames=6, joints=9, seed=0):
+    """(T, V, 3): x, y, confidence."""
+    rng = np.random.default_rng(seed)
+    return np.concatenate([rng.uniform(0.1, 0.9, (frames, joints, 2)), rng.uniform(0, 1.1, (frames, joints, 1))], -1)
+
+
+def crop_by_hand(motion, thr):
+    """The contract's words, joint by joint."""
+    good = [(t, v) for t in range(motion.shape[0]) for v in range(motion.shape[1])
+            if motion[t, v, 2] > thr and np.isfinite(motion[t, v, :2]).all()]
+    result = np.zeros(motion.shape)
+    low, high = np.min([motion[i][:2] for i in good], 0), np.max([motion[i][:2] for i in good], 0)
+    scale = max(high - low)
+    offset = (low + high - scale) / 2
+    for i in good:
+        result[i][:2] = np.clip(2 * (motion[i][:2] - offset) / scale - 1, -1, 1)
+        result[i][2] = np.clip(motion[i][2], 0, 1)
+    return result, scale, offset
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_crop_scale_is_one_box_for_the_clip(seed):
+    rng, motion = np.random.default_rng(seed), motion_of(seed=seed)
+    motion[rng.random(motion.shape) < 0.05] = rng.choice([NAN, INF, -INF])
+    result, scale, offset = crop_scale(motion, THRESHOLD)
+    wanted, wanted_scale, wanted_offset = crop_by_hand(motion, THRESHOLD)
+    assert np.allclose(result, wanted, atol=1e-6), f"off by {np.abs(result - wanted).max():.2e}"
+    assert np.isclose(scale, wanted_scale) and np.allclose(offset, wanted_offset)
+    assert np.abs(result[..., :2]).max() == pytest.approx(1, abs=1e-6), "the longer side spans -1..1"
+
+
+def test_crop_scale_leaves_its_input_alone():
+    motion = motion_of()
+    motion[0, 0] = NAN
+    before = motion.copy()
+    crop_scale(motion, THRESHOLD)
+    assert np.array_equal(motion, before, equal_nan=True)
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@pytest.mark.parametrize("channel", range(3))
+def test_one_bad_joint_costs_that_joint_and_not_the_clip(channel, bad):
+    motion = motion_of()
+    motion[..., 2] = 0.9
+    motion[2, 3, 2] = 0.0
+    without, scale, _ = crop_scale(motion, THRESHOLD)  # the joint unseen
+    motion[2, 3] = motion[2, 3, 0], motion[2, 3, 1], 0.9
+    motion[2, 3, channel] = bad
+    result, scale_with, _ = crop_scale(motion, THRESHOLD)
+    if channel == 2 and bad == INF:  # a confidence above the threshold, if an odd one: clipped to 1
+        assert result[2, 3, 2] == 1
+    else:
+        assert np.array_equal(result, without) and scale == scale_with, f"scale {scale} -> {scale_with}"
+        assert not result[2, 3].any()
+
+
+def test_a_joint_at_the_threshold_is_unseen_and_one_above_it_is_seen():
+    motion = motion_of()
+    motion[..., 2] = 0.9
+    motion[0, 0, 2], motion[0, 1, 2] = THRESHOLD, np.nextafter(THRESHOLD, 1)
+    result, _, _ = crop_scale(motion, THRESHOLD)
+    assert THRESHOLD == 0.3 and not result[0, 0].any() and result[0, 1, 2] > 0
+
+
+def test_confidence_is_clipped_to_one():
+    motion = motion_of()
+    motion[..., 2] = 1.08  # seen in real files
+    assert crop_scale(motion, THRESHOLD)[0][..., 2].max() == 1
+
+
+@pytest.mark.parametrize("usable", [0, 1, 3, 4])
+def test_fewer_than_four_usable_joints_are_no_clip(usable):
+    motion = motion_of()
+    motion[..., 2] = 0
+    motion[0, :usable, 2] = 0.9
+    result, scale, offset = crop_scale(motion, THRESHOLD)
+    if usable < 4:
+        assert not result.any() and scale == 0 and offset is None
+    else:
+        assert result.any() and scale > 0 and offset is not None
+
+
+@pytest.mark.parametrize("points", ["one point", "a span beyond float64", "denormal span"])
+def test_a_degenerate_box_is_no_clip(points):
+    motion = motion_of()
+    motion[..., 2] = 0.9
+    motion[..., :2] = 0.5 if points == "one point" else 0
+    motion[0, 0, 0] = {"one point": 0.5, "a span beyond float64": 1.7e308, "denormal span": 5e-324}[points]
+    motion[0, 1, 0] = -1.7e308 if points == "a span beyond float64" else motion[0, 1, 0]
+    result, scale, offset = crop_scale(motion, THRESHOLD)
+    assert not result.any() and scale == 0 and offset is None, f"scale {scale}, offset {offset}"
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_no_bit_pattern_whatever_makes_a_nan_or_a_warning(kind):
+    """Random bits: NaNs of all kinds (signalling ones, too), Inf, denormals, the largest and the smallest numbers."""
+    for seed in range(20):
+        raw = np.random.default_rng(seed).bytes(5 * 133 * 3 * np.dtype(kind).itemsize)
+        motion = np.frombuffer(raw, kind).reshape(5, 133, 3)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            result, scale, _ = crop_scale(motion, THRESHOLD)
+            parts = load_part_kp(motion[..., :2], motion[..., 2])
+        assert np.isfinite(result).all() and np.isfinite(scale) and np.abs(result).max() <= 1, f"seed {seed}"
+        assert not finite_and_bounded(parts), f"seed {seed}: {finite_and_bounded(parts)}"
+
+
+# ---------------------------------------------------------------------------------------------- hostile poses
+
+def _at(where, value):
+    def change(keypoints, scores):
+        keypoints[where] = value
+    return change
+
+
+def _confidence(where, value):
+    def change(keypoints, scores):
+        scores[where] = value
+    return change
+
+
+def _span(keypoints, scores):
+    keypoints[0, 0], keypoints[0, 5] = 3e38, -3e38
+
+
+def _bits(keypoints, scores):
+    rng = np.random.default_rng(0)
+    keypoints[:] = np.frombuffer(rng.bytes(keypoints.nbytes), np.float32).reshape(keypoints.shape)
+
+
+HOSTILE = {
+    "all zeros": lambda k, s: (k.fill(0), s.fill(0)), "zeros, but sure": _at(..., 0), "all NaN": _at(..., NAN),
+    "all Inf": _at(..., INF), "all -Inf": _at(..., -INF), "confidences NaN": _confidence(..., NAN),
+    "confidences Inf": _confidence(..., INF), "confidences negative": _confidence(..., -1),
+    "confidences 1e30": _confidence(..., 1e30), "all 1e30": _at(..., 1e30), "all 1e38": _at(..., 1e38),
+    "x 1e30": _at((..., 0), 1e30), "times 1e30": lambda k, s: np.multiply(k, 1e30, out=k),
+    "times 1e38": lambda k, s: np.multiply(k, 1e38, out=k), "wider than float32": _span, "random bits": _bits,
+    "one joint NaN": _at((2, 5), NAN), "one joint Inf": _at((2, 5), INF), "one joint 1e30": _at((2, 5), 1e30),
+    "one joint 1e38": _at((2, 5), 1e38), "a wrist NaN": _at((2, 91), NAN), "a finger Inf": _at((2, 95), INF),
+    "a finger 1e38": _at((2, 95), 1e38), "one confidence NaN": _confidence((2, 5), NAN),
+    "a frame NaN": _at(3, NAN), "tiny": lambda k, s: np.multiply(k, 1e-42, out=k)}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_poses_give_no_nan_and_no_warning(name):
+    keypoints, scores = random_clip()
+    HOSTILE[name](keypoints, scores)
+    before = keypoints.copy(), scores.copy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        parts = load_part_kp(keypoints, scores)
+    assert not finite_and_bounded(parts), finite_and_bounded(parts)
+    assert np.array_equal(before[0], keypoints, equal_nan=True) and np.array_equal(before[1], scores, equal_nan=True)
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_a_batch_of_hostile_clips_is_free_of_nan(tmp_path, augment):
+    """Through files, the data set and collate_fn; what cannot be used at all is left out by name."""
+    made = {}
+    for i, (name, change) in enumerate(HOSTILE.items()):
+        keypoints, scores = random_clip(seed=i)
+        change(keypoints, scores)
+        made[name] = keypoints, scores
+    config = scratch_config(on_bad_clip="skip", output_dir=str(tmp_path / "run"), augment=augment)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dataset = SignLanguageDataset(write_corpus(tmp_path / "data", made), config, "train")
+        src_input, _ = dataset.collate_fn([dataset[i] for i in range(len(dataset))])
+    kept = {e["name"] for e in dataset.entries}
+    parts = {key: src_input[key] for key in ("body", "left", "right")}
+    assert not finite_and_bounded(parts), finite_and_bounded(parts)
+    assert {"one joint NaN", "one joint Inf", "a wrist NaN", "a finger Inf", "one confidence NaN", "a frame NaN"} <= kept
+    assert not {"all zeros", "all NaN", "all Inf", "confidences NaN", "confidences negative"} & kept
+
+
+# ---------------------------------------------------------------------------------------------- load_part_kp
+
+def test_the_parts_are_the_joints_they_are_said_to_be():
+    keypoints, scores = random_clip(7)
+    parts = load_part_kp(keypoints, scores)
+    shapes = {name: tuple(tensor.shape) for name, tensor in parts.items()}
+    assert shapes == {"body": (7, 9, 3), "left": (7, 21, 3), "right": (7, 21, 3)}
+    assert all(tensor.dtype == torch.float32 for tensor in parts.values())
+    body, scale, _ = crop_scale(np.concatenate([keypoints[:, BODY], scores[:, BODY, None]], -1), 0.3)
+    assert np.allclose(parts["body"], body, atol=1e-6)
+    for name, joints in (("left", LEFT), ("right", RIGHT)):
+        wanted = np.clip((keypoints[:, joints] - keypoints[:, joints[:1]]) / scale, -1, 1)
+        assert np.allclose(parts[name][..., :2], wanted, atol=1e-5), f"{name}: {np.abs(parts[name][..., :2] - wanted).max()}"
+    assert LEFT == list(range(91, 112)) and RIGHT == list(range(112, 133))
+
+
+def test_a_hand_does_not_change_when_it_moves_as_a_whole():
+    keypoints, scores = random_clip()
+    moved = keypoints.copy()
+    moved[:, LEFT] += [0.05, -0.02]
+    a, b = load_part_kp(keypoints, scores), load_part_kp(moved, scores)
+    assert torch.allclose(a["left"], b["left"], atol=1e-4), f"{(a['left'] - b['left']).abs().max()}"
+    assert torch.equal(a["right"], b["right"]) and torch.equal(a["body"], b["body"])
+
+
+@pytest.mark.parametrize("fault", ["low", "nan"])
+@pytest.mark.parametrize("part, wrist", [("left", 91), ("right", 112)])
+def test_a_hand_whose_first_joint_is_unseen_is_zero_in_that_frame(part, wrist, fault):
+    keypoints, scores = random_clip()
+    whole = load_part_kp(keypoints, scores)
+    if fault == "low":
+        scores[4, wrist] = 0.3
+    else:
+        keypoints[4, wrist] = NAN
+    parts = load_part_kp(keypoints, scores)
+    others = [t for t in range(len(scores)) if t != 4]
+    assert not parts[part][4].any() and torch.equal(parts[part][others], whole[part][others])
+    other = "right" if part == "left" else "left"
+    assert torch.equal(parts[other], whole[other]) and torch.equal(parts["body"], whole["body"])
+
+
+def test_the_pose_does_not_depend_on_where_the_signer_stands_or_how_large():
+    keypoints, scores = random_clip()
+    a, b = load_part_kp(keypoints, scores), load_part_kp(keypoints * 640 + [30, 200], scores)
+    worst = max((a[name] - b[name]).abs().max().item() for name in a)
+    assert worst < 1e-3, f"differs by {worst}"
+
+
+def test_exchanging_two_joints_exchanges_their_rows():
+    """The original took the mean over joints: nothing may be lost before the model, either."""
+    keypoints, scores = random_clip()
+    order = list(range(133))
+    order[95], order[99] = 99, 95
+    a, b = load_part_kp(keypoints, scores), load_part_kp(keypoints[:, order], scores[:, order])
+    rows = list(range(21))
+    rows[4], rows[8] = 8, 4
+    assert torch.equal(a["left"][:, rows], b["left"]) and not torch.equal(a["left"], b["left"])
+
+
+def test_the_real_clip_has_its_known_figures():
+    path = shared("csl_news/pose_format") / "Common-Concerns_20200730_0-87_468436.pkl"
+    keypoints, scores = load_pose_file(path)
+    parts = load_part_kp(keypoints, scores)
+    assert keypoints.shape == (87, 133, 2) and scores.shape == (87, 133)
+
+    def box(joints):
+        return crop_scale(np.concatenate([keypoints[:, joints], scores[:, joints, None]], -1), 0.3)[1]
+
+    def extent(part, axis):
+        seen = part[..., 2] > 0
+        return [round(part[..., axis][seen].min().item(), 2), round(part[..., axis][seen].max().item(), 2)]
+
+    assert round(box([0, 3, 4, 5, 6, 7, 8, 9, 10]), 4) == 0.6246
+    assert round(box([0, 5, 6, 7, 8, 9, 10, 11, 12]), 4) == 0.7611  # with the hips, which are out of the frame
+    found = {name: [extent(part, axis) for axis in (0, 1)] for name, part in parts.items()}
+    assert found == {"body": [[-1.0, 1.0], [-0.99, 0.99]], "left": [[-0.26, 0.15], [-0.26, 0.16]],
+                     "right": [[-0.08, 0.25], [-0.31, 0.1]]}
+
+
+# ---------------------------------------------------------------------------------------------- load_pose_file: forms
+
+FORMS = {
+    "list of (1, 133, 2)": lambda k, s: {"keypoints": [f[None] for f in k], "scores": [f[None] for f in s]},
+    "list of (133, 2)": lambda k, s: {"keypoints": list(k), "scores": list(s)},
+    "(T, 1, 133, 2)": lambda k, s: {"keypoints": k[:, None], "scores": s[:, None]},
+    "(T, 133, 2)": lambda k, s: {"keypoints": k, "scores": s},
+    "two persons": lambda k, s: {"keypoints": np.stack([k, k + 9], 1), "scores": np.stack([s, 0 * s], 1)},
+    "float64": lambda k, s: {"keypoints": k.astype(np.float64), "scores": s.astype(np.float64)},
+    "Fortran order": lambda k, s: {"keypoints": np.asfortranarray(k), "scores": np.asfortranarray(s)},
+    "big-endian": lambda k, s: {"keypoints": k.astype(">f4"), "scores": s.astype(">f8")},
+    "plain lists": lambda k, s: {"keypoints": k.tolist(), "scores": s.tolist()},
+    "OrderedDict": lambda k, s: OrderedDict(keypoints=k, scores=s),
+    "further fields": lambda k, s: {"keypoints": k, "scores": s, "w_h": [512, np.int64(512)], "fps": np.float32(25),
+                                    "tags": {"a", "b"}, "start": None, "video": "x.mp4", "raw": b"\x00\xff"}}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("protocol", range(6))
+def test_every_form_and_protocol_gives_the_same_arrays(tmp_path, form, protocol):
+    keypoints, scores = random_clip(5)
+    path = tmp_path / "clip.pkl"
+    path.write_bytes(pickle.dumps(FORMS[form](keypoints, scores), protocol=protocol))
+    found = load_pose_file(path)
+    assert np.array_equal(found[0], keypoints) and np.array_equal(found[1], scores)
+    assert found[0].dtype == found[1].dtype == np.float32
+
+
+def renamed(raw, old, new):
+    """A pickle as another numpy writes it: its module names, in the forms of all protocols; frames are optional."""
+    raw = raw[:2] + raw[11:] if raw[2:3] == b"\x95" else raw
+    raw = raw.replace(b"c" + old, b"c" + new)
+    for module in (b".multiarray", b".numeric"):
+        a, b = old + module, new + module
+        raw = raw.replace(b"\x8c" + bytes([len(a)]) + a, b"\x8c" + bytes([len(b)]) + b)
+    return raw
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("new", [b"numpy.core", b"numpy._core"], ids=["numpy 1", "numpy 2"])
+def test_arrays_pickled_by_either_numpy_are_read(tmp_path, protocol, new):
+    keypoints, scores = random_clip(4)
+    old = b"numpy._core" if hasattr(np, "_core") else b"numpy.core"
+    raw = pickle.dumps({"keypoints": list(keypoints[:, None]), "scores": scores, "start": np.int64(1)}, protocol)
+    raw = renamed(raw, old, new)
+    assert new + b"." in raw and (old == new or old + b"." not in raw), "the test's own renaming failed"
+    path = tmp_path / "clip.pkl"
+    path.write_bytes(raw)
+    found = load_pose_file(path)
+    assert np.array_equal(found[0], keypoints[1:]) and np.array_equal(found[1], scores[1:])
+
+
+def test_npz_is_the_pickle_free_form(tmp_path):
+    keypoints, scores = random_clip(5)
+    np.savez_compressed(tmp_path / "clip.npz", keypoints=keypoints[:, None], scores=scores, start=1, end=4)
+    found = load_pose_file(tmp_path / "clip.npz")
+    assert np.array_equal(found[0], keypoints[1:4]) and np.array_equal(found[1], scores[1:4])
+
+
+@pytest.mark.parametrize("more, wanted", [({"start": 2}, slice(2, None)), ({"end": 5}, slice(0, 5)),
+                                          ({"start": 2, "end": 5}, slice(2, 5)), ({"start": 0, "end": 8}, slice(0, 8))])
+def test_start_and_end_cut_the_clip(tmp_path, more, wanted):
+    keypoints, scores = random_clip(8)
+    found = load_pose_file(write_pose(tmp_path / "clip.pkl", keypoints, scores, **more))
+    assert np.array_equal(found[0], keypoints[wanted]) and np.array_equal(found[1], scores[wanted])
+
+
+def test_pixels_are_divided_by_the_size_and_known_by_their_values(tmp_path):
+    keypoints, scores = random_clip()
+    size = np.float32([640, 480])
+    pixels = load_pose_file(write_pose(tmp_path / "a.pkl", keypoints * size, scores, w_h=[640, 480]))[0]
+    assert np.allclose(pixels, keypoints, atol=1e-5), "pixels with w_h are divided by it"
+    normal = load_pose_file(write_pose(tmp_path / "b.pkl", keypoints, scores, w_h=[640, 480]))[0]
+    assert np.array_equal(normal, keypoints), "w_h stands on normalised clips, too: they are left alone"
+    alone = load_pose_file(write_pose(tmp_path / "c.pkl", keypoints * size, scores))[0]
+    assert np.array_equal(alone, keypoints * size), "pixels without w_h are left to crop_scale"
+
+
+def test_unseen_joints_do_not_decide_whether_a_clip_is_in_pixels(tmp_path):
+    keypoints, scores = random_clip()
+    scores[:, 11:91] = 0.1
+    keypoints[:, 11:91] = 5000  # what a detector writes for a joint that it did not find
+    found = load_pose_file(write_pose(tmp_path / "a.pkl", keypoints, scores, w_h=[640, 480]))[0]
+    assert np.array_equal(found, keypoints)
+
+
+# ---------------------------------------------------------------------------------------------- load_pose_file: bad ones
+
+def _nested(depth):
+    """Two names for each list: a pickle of a few bytes a level, 2 ** depth places once it is walked."""
+    value = []
+    for _ in range(depth):
+        value = [value, value]
+    return value
+
+
+K, S = random_clip(4)
+BAD_POSES = {
+    "17 joints": {"keypoints": K[:, :17], "scores": S[:, :17]},
+    "134 joints": {"keypoints": np.zeros((4, 134, 2)), "scores": np.zeros((4, 134))},
+    "three coordinates": {"keypoints": np.zeros((4, 133, 3)), "scores": S},
+    "no frames, lists": {"keypoints": [], "scores": []},
+    "no frames, arrays": {"keypoints": np.zeros((0, 133, 2)), "scores": np.zeros((0, 133))},
+    "no frames, person axis": {"keypoints": np.zeros((0, 1, 133, 2)), "scores": np.zeros((0, 1, 133))},
+    "no person": {"keypoints": np.zeros((4, 0, 133, 2)), "scores": np.zeros((4, 0, 133))},
+    "lengths differ": {"keypoints": K, "scores": S[:3]},
+    "start is end": {"keypoints": K, "scores": S, "start": 2, "end": 2},
+    "start after end": {"keypoints": K, "scores": S, "start": 3, "end": 1},
+    "start after the clip": {"keypoints": K, "scores": S, "start": 4},
+    "start negative": {"keypoints": K, "scores": S, "start": -1},
+    "start is a word": {"keypoints": K, "scores": S, "start": "first"},
+    "end is NaN": {"keypoints": K, "scores": S, "end": NAN},
+    "end is a list": {"keypoints": K, "scores": S, "end": [3]},
+    "no scores": {"keypoints": K}, "no keypoints": {"scores": S}, "empty dict": {}, "a list": [K, S], "None": None,
+    "an array": K, "words": {"keypoints": "many", "scores": "many"}, "None inside": {"keypoints": None, "scores": None},
+    "ragged": {"keypoints": [K[0], K[1, :5], K[2], K[3]], "scores": S},
+    "a frame None": {"keypoints": [K[0], None, K[2], K[3]], "scores": S},
+    "complex": {"keypoints": [complex(1, 2)] * 4, "scores": S},
+    "pixels, size 0": {"keypoints": K * 500, "scores": S, "w_h": [0, 500]},
+    "pixels, size NaN": {"keypoints": K * 500, "scores": S, "w_h": [NAN, 500]},
+    "pixels, size of one": {"keypoints": K * 500, "scores": S, "w_h": [500]},
+    "pixels, size a word": {"keypoints": K * 500, "scores": S, "w_h": "large"}}
+GOOD = pickle.dumps({"keypoints": list(K[:, None]), "scores": list(S[:, None])}, protocol=4)
+BAD_BYTES = {"empty": b"", "text": b"not a pickle", "zeros": b"\x00" * 100, "json": b"{}", "half": GOOD[:len(GOOD) // 2],
+             "without its end": GOOD[:-1], "gzip": gzip.compress(GOOD), "persistent": b"\x80\x04P0\n.",
+             "extension": b"\x80\x02\x82\x07.", "unknown encoding": b"\x80\x05\x8c\x02\xff\xfe."}
+
+
+@pytest.mark.parametrize("name", [*BAD_POSES, *BAD_BYTES])
+def test_a_bad_pose_file_is_refused_by_name(tmp_path, name):
+    path = tmp_path / "the_clip.pkl"
+    path.write_bytes(BAD_BYTES[name] if name in BAD_BYTES else pickle.dumps(BAD_POSES[name]))
+    with pytest.raises(DataError, match="the_clip.pkl"):
+        load_pose_file(path)
+
+
+def test_a_missing_pose_file_is_an_error_and_never_zeros(tmp_path):
+    for name in ("clip.pkl", "clip.npz"):
+        with pytest.raises(DataError, match=name):
+            load_pose_file(tmp_path / name)
+    with pytest.raises(DataError):
+        load_pose_file(tmp_path)  # a folder
+
+
+def test_a_bad_npz_is_refused_by_name(tmp_path):
+    np.savez(tmp_path / "whole.npz", keypoints=K, scores=S)
+    whole = (tmp_path / "whole.npz").read_bytes()
+    np.savez(tmp_path / "objects.npz", keypoints=np.array([object_with_payload()], object), scores=S)
+    np.savez(tmp_path / "joints.npz", keypoints=K[:, :17], scores=S[:, :17])
+    np.savez(tmp_path / "alone.npz", keypoints=K)
+    for name, raw in (("empty", b""), ("text", b"not a zip"), ("half", whole[:len(whole) // 2]), ("a pickle", GOOD)):
+        (tmp_path / f"{name}.npz").write_bytes(raw)
+    for name in ("objects", "joints", "alone", "empty", "text", "half", "a pickle"):
+        with pytest.raises(DataError, match=f"{name}.npz"):
+            load_pose_file(tmp_path / f"{name}.npz")
+
+
+def test_a_damaged_pose_file_never_ends_in_another_exception(tmp_path):
+    """Cut at many places, or with single bytes changed: read, or refused as data; nothing else."""
+    rng, path, odd = np.random.default_rng(0), tmp_path / "clip.pkl", []
+    short = pickle.dumps({"keypoints": K[:1], "scores": S[:1], "start": 0, "w_h": [1, 1]}, protocol=4)
+    cases = [GOOD[:cut] for cut in np.linspace(0, len(GOOD) - 1, 60).astype(int)]
+    for raw in (GOOD, short):
+        for _ in range(300):
+            changed = bytearray(raw)
+            changed[rng.integers(len(raw) if rng.random() < 0.2 else 250)] = rng.integers(256)
+            cases.append(bytes(changed))
+    for i, raw in enumerate(cases):
+        path.write_bytes(raw)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a changed byte may make it an array of another dtype
+                load_pose_file(path)
+        except REFUSED as error:
+            if "clip.pkl" not in str(error):
+                odd.append(f"case {i} names no file: {error}")
+        except Exception as error:
+            odd.append(f"case {i}: {error!r}")
+    assert not odd, f"{len(odd)} of {len(cases)}: {odd[:5]}"
+
+
+def test_nested_lists_that_double_at_each_level_are_refused_at_once(tmp_path):
+    """200 bytes of file; at 40 levels a walk over it would take days. 24 levels keep a failing test short."""
+    path, bomb = tmp_path / "bomb.pkl", _nested(24)
+    path.write_bytes(pickle.dumps({"keypoints": bomb, "scores": bomb}))
+    begun = time.monotonic()
+    with pytest.raises(DataError, match="bomb.pkl"):
+        load_pose_file(path)
+    seconds = time.monotonic() - begun
+    assert seconds < 1, f"{path.stat().st_size} bytes took {seconds:.1f} s"
+
+
+# ---------------------------------------------------------------------------------------------- untrusted pickles
+
+class Reduces:
+    """Pickled, this is a call of function(*arguments)."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+class Stateful:
+    """Pickled, this is an allowed reconstruction that is then given another state."""
+
+    def __init__(self, reduced, state):
+        self.reduced = (*reduced[:2], state)
+
+    def __reduce__(self):
+        return self.reduced
+
+
+def object_with_payload(command="true"):
+    return Reduces(os.system, command)
+
+
+def call(name, *arguments):
+    """A pickle, written by hand, that calls a global which Python's own pickler might not name so."""
+    module, _, function = name.rpartition(".")
+    return b"\x80\x02c" + f"{module}\n{function}\n".encode() + pickle.dumps(arguments, 2)[2:-1] + b"R."
+
+
+def _text(value):
+    return b"X" + len(value.encode()).to_bytes(4, "little") + value.encode()
+
+
+def attacks(marker):
+    """{what: (pickle that would create the file `marker`, the global that it must be refused for)}."""
+    command, python = f"touch {marker}", f"open({str(marker)!r}, 'w').close()"
+    system, evil = f"{os.system.__module__}.system", object_with_payload(f"touch {marker}")
+    posix = os.system.__module__.encode()
+    array = np.zeros(2, np.float32).__reduce__()
+    found = {f"os.system, protocol {p}": (pickle.dumps(evil, p), system) for p in range(6)}
+    found |= {
+        "eval": (pickle.dumps(Reduces(eval, python)), "builtins.eval"),
+        "eval, Python 2's name": (call("__builtin__.eval", python), "builtin"),
+        "exec": (pickle.dumps(Reduces(exec, python)), "builtins.exec"),
+        "compile": (pickle.dumps(Reduces(compile, python, "x", "exec")), "builtins.compile"),
+        "open": (pickle.dumps(Reduces(open, str(marker), "w")), "open"),
+        "subprocess": (pickle.dumps(Reduces(subprocess.Popen, ["touch", str(marker)])), "subprocess.Popen"),
+        "import": (pickle.dumps(Reduces(__import__, "os")), "builtins.__import__"),
+        "importlib": (call("importlib.import_module", "os"), "importlib.import_module"),
+        "getattr chain": (pickle.dumps(Reduces(getattr, Reduces(__import__, "os"), "system")), "builtins.getattr"),
+        "getattr of what is allowed": (pickle.dumps(Reduces(getattr, np.ndarray, "tofile")), "builtins.getattr"),
+        "dotted name": (b"\x80\x04" + _text("numpy") + _text("ndarray.tofile") + b"\x93.", "numpy.ndarray.tofile"),
+        "dotted name of a container": (b"\x80\x04" + _text("builtins") + _text("bytearray.__class__") + b"\x93.",
+                                       "builtins.bytearray.__class__"),
+        "name from the memo": (b"\x80\x04" + _text(posix.decode()) + b"q\x000" + _text("system") + b"q\x010h\x00h\x01\x93"
+                               + _text(command) + b"\x85R.", system),
+        "INST": (b"(S'" + command.encode() + b"'\ni" + posix + b"\nsystem\n.", system),
+        "OBJ": (b"(c" + posix + b"\nsystem\nS'" + command.encode() + b"'\no.", system),
+        "NEWOBJ": (b"\x80\x02csubprocess\nPopen\n" + _text(command) + b"\x85\x81.", "subprocess.Popen"),
+        "operator": (call("operator.attrgetter", "system"), "operator.attrgetter"),
+        "functools": (call("functools.partial", "x"), "functools.partial"),
+        "codecs.decode": (call("codecs.decode", "x", "rot13"), "codecs.decode"),
+        "_codecs.lookup": (call("_codecs.lookup", "rot13"), "_codecs.lookup"),
+        "pickle in a pickle": (call("pickle.loads", pickle.dumps(evil)), "pickle.loads"),
+        "copyreg": (call("copyreg.add_extension", "os", "system", 7), "copyreg.add_extension"),
+        "torch.load": (call("torch.load", str(marker)), "torch.load"),
+        "numpy.load": (call("numpy.load", str(marker)), "numpy.load"),
+        "numpy.core's neighbour": (call("numpy.core.multiarray.fromfile", str(marker)), "numpy.core.multiarray.fromfile"),
+        "numpy's runstring": (call("numpy.testing._private.utils.runstring", python, {}), "runstring"),
+        "this project": (call("datasets_lite.make_demo_corpus", str(marker)), "datasets_lite.make_demo_corpus"),
+        "object array": (pickle.dumps(np.array([1, evil], dtype=object)), system),
+        "object array, oldest protocol": (pickle.dumps(np.array([evil], dtype=object), 0), system),
+        "list of arrays": (pickle.dumps({"keypoints": [K[0], evil], "scores": S}), system),
+        "nested": (pickle.dumps({"keypoints": K, "scores": [({"a": ((evil,),)},)]}), system),
+        "a key": (pickle.dumps({(1, evil): 2}), system),
+        "in a set": (pickle.dumps({frozenset([evil])}), system),
+        "in an array's state": (pickle.dumps(Stateful(array, (1, (1,), np.dtype("O"), False, [evil]))), system),
+        "as an argument of what is allowed": (pickle.dumps(Reduces(array[0], np.ndarray, (evil,), b"b")), system),
+        "behind an entry that is fine": (pickle.dumps({"keypoints": K, "scores": S, "w_h": evil}), system)}
+    return found
+
+
+ATTACKS = list(attacks(Path("x")))
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_a_pickle_that_runs_code_is_refused_by_name_and_runs_nothing(tmp_path, name):
+    marker = tmp_path / "executed"
+    raw, wanted = attacks(marker)[name]
+    pose, labels = tmp_path / "the_clip.pkl", tmp_path / "labels.train"
+    pose.write_bytes(raw)
+    labels.write_bytes(gzip.compress(raw))
+    for path, load in ((pose, load_pose_file), (labels, load_dataset_file)):
+        with pytest.raises(pickle.UnpicklingError) as caught:
+            load(path)
+        assert not marker.exists(), f"{path.name}: the payload ran"
+        assert path.name in str(caught.value) and wanted in str(caught.value), f"{wanted}: {caught.value}"
+
+
+@pytest.mark.parametrize("name", ["os.system, protocol 4", "eval", "INST", "name from the memo", "object array", "nested"])
+def test_the_attacks_are_live(tmp_path, name):
+    """Else the test above could not fail: Python's own unpickler runs them."""
+    marker = tmp_path / "executed"
+    pickle.loads(attacks(marker)[name][0])
+    assert marker.exists()
+
+
+def test_the_data_set_never_runs_a_clip_s_code(tmp_path):
+    """By the real way in: a downloaded corpus with one rigged pose among good ones."""
+    marker, label = tmp_path / "executed", write_corpus(tmp_path, {f"c{i}": random_clip(seed=i) for i in range(3)})
+    (tmp_path / "pose_format" / "c1.pkl").write_bytes(attacks(marker)["os.system, protocol 4"][0])
+    with pytest.raises(REFUSED, match="c1.*system"):
+        SignLanguageDataset(label, scratch_config(), "train")
+    with pytest.raises(pickle.UnpicklingError, match="system"):
+        read_clip(tmp_path / "pose_format" / "c1.pkl", scratch_config())
+    assert not marker.exists()
+
+
+def _global(name):
+    module, _, function = name.rpartition(".")
+    return f"c{module}\n{function}\n".encode()
+
+
+POINTERS = b"(" + b"K\x01\x85" + _global("numpy.dtype") + _text("O8") + b"\x85R" + _global("_codecs.encode") + _text(
+    "\0" * 8) + _text("latin1") + b"\x86Rt"  # (1,), dtype("O"), eight bytes
+MEMORY = {
+    "an array of objects over raw bytes": _global("numpy.ndarray") + POINTERS + b"R",
+    "the same through the class's __new__": _global("numpy.ndarray") + POINTERS + b"\x81",
+    "a record whose dtype hides an object": pickle.dumps(np.zeros(1, [("a", "O")]), 2)[2:-1]}
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_no_pickle_makes_objects_of_raw_bytes(tmp_path, name):
+    """numpy takes such bytes for pointers: whoever writes the file chooses the address. (Null, here, so it is harmless.)"""
+    path = tmp_path / "the_clip.pkl"
+    path.write_bytes(b"\x80\x02}" + _text("keypoints") + MEMORY[name] + b"s" + _text("scores") + b"Ns.")
+    with pytest.raises(pickle.UnpicklingError, match="the_clip.pkl"):
+        load_pose_file(path)
+
+
+def test_bytes_of_another_encoding_are_refused_by_name(tmp_path):
+    (tmp_path / "the_clip.pkl").write_bytes(call("_codecs.encode", "x", "rot13"))
+    with pytest.raises(pickle.UnpicklingError, match="the_clip.pkl.*rot13"):
+        load_pose_file(tmp_path / "the_clip.pkl")
+
+
+def test_a_pickle_cannot_change_the_functions_that_it_may_call(tmp_path, monkeypatch):
+    """BUILD with a pair of dicts sets attributes of whatever is on the stack, a function of ours included."""
+    state = pickle.dumps((None, {"__defaults__": ("rot13",)}), 2)[2:-1]
+    (tmp_path / "a.pkl").write_bytes(b"\x80\x02" + _global("_codecs.encode") + state + b"b.")
+    numeric = np._core.numeric if hasattr(np, "_core") else np.core.numeric
+    (tmp_path / "b.pkl").write_bytes(b"\x80\x02" + _global("numpy.core.numeric._frombuffer") + state + b"b.")
+    before = codecs.encode("é", "latin1"), numeric._frombuffer.__defaults__
+    monkeypatch.setattr(numeric._frombuffer, "__defaults__", before[1])  # put back if this test fails
+    for name in ("a.pkl", "b.pkl"):
+        with pytest.raises(REFUSED):
+            load_pose_file(tmp_path / name)
+    assert before == (codecs.encode("é", "latin1"), numeric._frombuffer.__defaults__)
+    path = tmp_path / "c.pkl"
+    path.write_bytes(pickle.dumps({"keypoints": K, "scores": S}, 2))
+    assert np.array_equal(load_pose_file(path)[0], K), "the next file is read as ever"
+
+
+# ---------------------------------------------------------------------------------------------- labels
+
+@pytest.mark.parametrize("split, count", [("train", 18401), ("dev", 1077), ("test", 1176)])
+def test_the_real_csl_daily_labels_are_read(split, count):
+    entries = load_dataset_file(shared("csl_daily_labels") / f"labels.{split}")
+    assert len(entries) == count
+    for key, value in entries.items():
+        assert value["name"] and value["text"].strip() and isinstance(value["gloss"], list) and value["pose"], f"{key}: {value}"
+
+
+def test_the_real_csl_news_labels_are_read_and_find_their_clip():
+    folder = shared("csl_news")
+    entries = load_dataset_file(folder / "labels.json")
+    (value,) = entries.values()
+    assert value["pose"] == "Common-Concerns_20200730_0-87_468436.pkl" and value["text"] and value["gloss"] == []
+    dataset = SignLanguageDataset(folder / "labels.json", scratch_config(language="zh"), "dev")
+    assert dataset[0][1]["body"].shape == (87, 9, 3)
+
+
+def test_both_label_formats_give_the_same_entries(tmp_path):
+    entries = {f"c{i}": entry(f"c{i}", pose=f"c{i}.pkl") for i in range(3)}
+    a = load_dataset_file(write_labels(tmp_path / "labels.train", entries))
+    (tmp_path / "labels.json").write_text(json.dumps(entries, ensure_ascii=False), encoding="utf-8")
+    b = load_dataset_file(tmp_path / "labels.json")
+    (tmp_path / "list.json").write_text(json.dumps([
+        {"video": f"c{i}.mp4", "pose": f"c{i}.pkl", "text": "今天我买书。", "gloss": "今天 我 书 买"} for i in range(3)]), encoding="utf-8")
+    c = load_dataset_file(tmp_path / "list.json")
+    assert a == b == c and a["c0"]["gloss"] == ["今天", "我", "书", "买"], f"{a}\n{b}\n{c}"
+
+
+def test_clips_of_one_video_stay_apart(tmp_path):
+    """Keyed by the video alone, all but the last of them would be gone without a word."""
+    rows = [{"video": "news.mp4", "pose": f"news_{i}.pkl", "text": f"句子{i}。"} for i in range(3)]
+    (tmp_path / "labels.json").write_text(json.dumps(rows), encoding="utf-8")
+    try:
+        entries = load_dataset_file(tmp_path / "labels.json")
+    except DataError as error:
+        assert "news" in str(error)
+    else:
+        assert sorted(e["pose"] for e in entries.values()) == [f"news_{i}.pkl" for i in range(3)]
+
+
+def test_keys_that_are_the_same_once_they_are_text_are_no_silent_loss(tmp_path):
+    path = write_labels(tmp_path / "labels.train", {1: entry("a"), "1": entry("b")})
+    try:
+        assert {e["name"] for e in load_dataset_file(path).values()} == {"a", "b"}
+    except DataError as error:
+        assert "1" in str(error)
+
+
+BAD_LABELS = {
+    "empty file": b"", "text": "你好".encode(), "latin": b"\xff\xfe\x00", "gzip of nothing": gzip.compress(b""),
+    "gzip of text": gzip.compress(b"hello"), "half a gzip": gzip.compress(pickle.dumps({"a": entry("a")}))[:40],
+    "gzip header alone": b"\x1f\x8b", "damaged gzip": b"\x1f\x8b\x08\x00" + b"\xff" * 60, "plain pickle": pickle.dumps({}),
+    "empty dict": {}, "empty list": [], "a number": 3, "None": None, "a text": "labels", "list of texts": ["a", "b"],
+    "list of None": [None], "entry is a list": {"a": [1]}, "entry is a text": {"a": "今天"}, "empty entry": {"a": {}},
+    "no text": {"a": {"name": "a", "gloss": []}}, "empty text": {"a": entry("a", "")}, "blank text": {"a": entry("a", " \n\t")},
+    "text None": {"a": entry("a", None)}, "text a number": {"a": entry("a", 5)},
+    "glosses are numbers": {"a": {"name": "a", "text": "x", "gloss": [1, 2]}},
+    "glosses are a dict": {"a": {"name": "a", "text": "x", "gloss": {}}}, "too deep": b"[" * 100000, "a number too long": b"[" + b"1" * 5000 + b"]",
+    "too deep a dict": b'{"a":' * 100000}
+
+
+@pytest.mark.parametrize("name", BAD_LABELS)
+def test_bad_labels_are_refused_by_name(tmp_path, name):
+    content = BAD_LABELS[name]
+    path = tmp_path / "labels.train"
+    raws = [content] if isinstance(content, bytes) else [gzip.compress(pickle.dumps(content)), json.dumps(content).encode()]
+    for raw in raws:
+        path.write_bytes(raw)
+        with pytest.raises(DataError, match="labels.train"):
+            load_dataset_file(path)
+
+
+def test_missing_labels_are_an_error_and_never_an_empty_set(tmp_path):
+    with pytest.raises(DataError, match="labels.dev"):
+        load_dataset_file(tmp_path / "labels.dev")
+    with pytest.raises(DataError, match="labels.dev"):
+        SignLanguageDataset(tmp_path / "labels.dev", scratch_config(), "dev")
+
+
+def test_a_bad_entry_is_named(tmp_path):
+    path = write_labels(tmp_path / "labels.train", {"good": entry("good"), "S000123_P0000": entry("S000123_P0000", "")})
+    with pytest.raises(DataError, match="S000123_P0000"):
+        load_dataset_file(path)
+
+
+# ---------------------------------------------------------------------------------------------- the data set
+
+BAD_CLIPS = {"zeros": (np.zeros_like(K), np.zeros_like(S)), "below": (K, np.full_like(S, 0.3)), "nan": (np.full_like(K, NAN), S),
+             "inf": (np.full_like(K, INF), S), "point": (np.full_like(K, 0.5), S), "joints": (K[:, :17], S[:, :17])}
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """A corpus with three good clips, the bad ones above, a missing, an empty and a truncated file."""
+    good = {f"good{i}": random_clip(8 + i, seed=i) for i in range(3)}
+    label = write_corpus(tmp_path / "data", good | BAD_CLIPS)
+    names = [*good, *BAD_CLIPS, "missing", "empty", "half"]
+    write_labels(label, {name: entry(name) for name in names})
+    (label.parent / "pose_format" / "empty.pkl").write_bytes(b"")
+    (label.parent / "pose_format" / "half.pkl").write_bytes(GOOD[:300])
+    return label, names[3:]
+
+
+def test_bad_clips_stop_the_run_before_its_first_step_and_are_named(mixed):
+    label, bad = mixed
+    with pytest.raises(DataError) as caught:
+        SignLanguageDataset(label, scratch_config(), "train")
+    named = [name for name in bad if name in str(caught.value)]
+    assert len(named) >= 5 and str(len(bad)) in str(caught.value), f"{len(named)} of {len(bad)} named: {caught.value}"
+    assert "good" not in str(caught.value)
+
+
+def test_bad_clips_are_left_out_and_listed_where_that_is_asked_for(mixed, tmp_path, capsys):
+    """Zero-filling a missing file, as the original did, would keep it in the set."""
+    label, bad = mixed
+    config = scratch_config(on_bad_clip="skip", output_dir=str(tmp_path / "run"))
+    dataset = SignLanguageDataset(label, config, "train")
+    assert [e["name"] for e in dataset.entries] == ["good0", "good1", "good2"] and len(dataset) == 3
+    assert [dataset[i][0] for i in range(3)] == ["good0", "good1", "good2"]
+    assert all(dataset[i][1]["body"].any() for i in range(3))
+    listed = (tmp_path / "run" / "bad_clips.txt").read_text(encoding="utf-8")
+    assert all(name in listed for name in bad) and "good" not in listed, listed
+    assert str(len(bad)) in capsys.readouterr().out
+
+
+def test_nothing_but_bad_clips_is_an_error_even_where_they_are_skipped(tmp_path):
+    label = write_corpus(tmp_path / "data", {"zeros": BAD_CLIPS["zeros"]})
+    with pytest.raises(DataError, match="zeros"):
+        SignLanguageDataset(label, scratch_config(on_bad_clip="skip", output_dir=str(tmp_path / "run")), "train")
+
+
+def test_one_unseen_joint_is_no_bad_clip(tmp_path):
+    keypoints, scores = random_clip()
+    keypoints[3, 5], keypoints[4, 92], scores[5, 9] = NAN, INF, NAN
+    dataset = SignLanguageDataset(write_corpus(tmp_path, {"a": (keypoints, scores)}), scratch_config(), "train")
+    assert len(dataset) == 1
+
+
+def test_the_files_are_read_once_and_again_only_where_they_changed(tmp_path, monkeypatch):
+    label = write_corpus(tmp_path / "data", {f"c{i}": random_clip(8 + i, seed=i) for i in range(4)})
+    config, read = scratch_config(output_dir=str(tmp_path / "run")), []
+    inspect = datasets_lite.inspect_clip
+    monkeypatch.setattr(datasets_lite, "inspect_clip", lambda path: (read.append(Path(path).stem), inspect(path))[1])
+    first = SignLanguageDataset(label, config, "train")
+    assert sorted(read) == ["c0", "c1", "c2", "c3"]
+    read.clear()
+    second = SignLanguageDataset(label, config, "train")
+    assert read == [] and second.lengths == first.lengths == [8, 9, 10, 11]
+    write_pose(tmp_path / "data" / "pose_format" / "c2.pkl", *random_clip(20))
+    third = SignLanguageDataset(label, config, "train")
+    assert read == ["c2"] and third.lengths == [8, 9, 20, 11], f"read {read}, lengths {third.lengths}"
+    same = tmp_path / "data" / "pose_format" / "c1.pkl"
+    os.utime(same, ns=(same.stat().st_atime_ns, same.stat().st_mtime_ns + 5))  # the same size, another time of change
+    read.clear()
+    SignLanguageDataset(label, config, "train")
+    assert read == ["c1"]
+
+
+def test_a_bad_clip_stays_bad_when_the_findings_are_reused(mixed, tmp_path):
+    label, bad = mixed
+    config = scratch_config(on_bad_clip="skip", output_dir=str(tmp_path / "run"))
+    first, second = (SignLanguageDataset(label, config, "train") for _ in range(2))
+    assert [e["name"] for e in first.entries] == [e["name"] for e in second.entries] and len(second) == 3
+    strict = scratch_config(output_dir=str(tmp_path / "run"))
+    with pytest.raises(DataError, match="zeros"):
+        SignLanguageDataset(label, strict, "train")
+
+
+def test_half_a_cache_is_only_lost_time(tmp_path):
+    label = write_corpus(tmp_path / "data", {"a": random_clip()})
+    config = scratch_config(output_dir=str(tmp_path / "run"))
+    SignLanguageDataset(label, config, "train")
+    for path in (tmp_path / "run").iterdir():
+        path.write_bytes(path.read_bytes()[:7])
+    assert len(SignLanguageDataset(label, config, "train")) == 1
+
+
+@pytest.mark.parametrize("pose", ["../secret.pkl", "sub/../../secret.pkl", "ABSOLUTE", "../../../etc/passwd"])
+@pytest.mark.parametrize("field", ["pose", "name"])
+def test_a_pose_outside_of_pose_format_is_never_read(tmp_path, pose, field, monkeypatch):
+    secret = write_pose(tmp_path / "data" / "secret.pkl", *random_clip())
+    pose = str(secret) if pose == "ABSOLUTE" else pose
+    pose = pose.removesuffix(".pkl") if field == "name" else pose
+    write_corpus(tmp_path / "data", {"good": random_clip()})
+    rigged = {"name": pose, "text": "x"} if field == "name" else {"name": "rigged", "text": "x", "pose": pose}
+    label = write_labels(tmp_path / "data" / "labels.train", {"good": entry("good"), "rigged": rigged})
+    read, load = [], datasets_lite.load_pose_file
+    monkeypatch.setattr(datasets_lite, "load_pose_file", lambda path: (read.append(Path(path).resolve()), load(path))[1])
+    with pytest.raises(DataError, match="rigged|secret|passwd"):
+        SignLanguageDataset(label, scratch_config(), "train")
+    kept = SignLanguageDataset(label, scratch_config(on_bad_clip="skip", output_dir=str(tmp_path / "run")), "train")
+    assert [e["name"] for e in kept.entries] == ["good"]
+    outside = [path for path in read if (tmp_path / "data" / "pose_format").resolve() not in path.parents]
+    assert not outside, f"read {outside}"
+
+
+@pytest.mark.parametrize("pose", ["a\0b.pkl", "", ".", "x" * 300 + ".pkl", "folder"])
+def test_a_pose_name_that_no_file_can_have_is_a_bad_clip(tmp_path, pose):
+    write_corpus(tmp_path, {"good": random_clip()})
+    (tmp_path / "pose_format" / "folder").mkdir()
+    label = write_labels(tmp_path / "labels.train", {"good": entry("good"), "odd": entry("odd", pose=pose)})
+    with pytest.raises((DataError, OSError), match="odd|File name too long"):
+        SignLanguageDataset(label, scratch_config(), "train")
+
+
+def test_the_pose_is_found_by_its_entry_then_by_name_pkl_then_by_name_npz(tmp_path):
+    folder = tmp_path / "pose_format"
+    for name, frames in (("own.pkl", 5), ("a.pkl", 6), ("b.pkl", 7)):
+        write_pose(folder / name, *random_clip(frames))
+    keypoints, scores = random_clip(8)
+    np.savez(folder / "c.npz", keypoints=keypoints, scores=scores)
+    label = write_labels(tmp_path / "labels.train", {
+        "a": entry("a", pose="own.pkl"), "b": entry("b", pose="absent.pkl"), "c": entry("c")})
+    elsewhere = scratch_config(data_dir=str(tmp_path / "another"))  # poses stand beside the labels, whatever it says
+    assert SignLanguageDataset(label, elsewhere, "train").lengths == [5, 7, 8]
+
+
+def test_an_item_is_name_pose_text_gloss(clips):
+    name, pose, text, gloss = clips[3]
+    assert name == clips.entries[3]["name"] and text == clips.entries[3]["text"] and gloss == clips.entries[3]["gloss"]
+    frames = clips.lengths[3]
+    assert {part: tuple(pose[part].shape) for part in pose} == {
+        "body": (frames, 9, 3), "left": (frames, 21, 3), "right": (frames, 21, 3)}
+
+
+def test_a_batch_is_padded_with_zeros_at_its_end_and_the_mask_says_where(clips):
+    order = np.argsort(clips.lengths)
+    items = [clips[i] for i in (order[-1], order[0], order[5])]
+    src_input, tgt_input = clips.collate_fn(items)
+    lengths = [len(item[1]["body"]) for item in items]
+    assert lengths[0] > lengths[1], "the test needs clips of different lengths"
+    assert src_input["body"].shape == (3, max(lengths), 9, 3) and src_input["left"].shape == (3, max(lengths), 21, 3)
+    assert src_input["src_length"].tolist() == lengths and src_input["attention_mask"].sum(1).tolist() == lengths
+    for i, (item, length) in enumerate(zip(items, lengths)):
+        assert src_input["attention_mask"][i].tolist() == [1] * length + [0] * (max(lengths) - length)
+        for part in ("body", "left", "right"):
+            assert torch.equal(src_input[part][i, :length], item[1][part]), "a clip goes into the batch as it is"
+            assert not src_input[part][i, length:].any(), "what follows is zero, not the last frame again"
+    assert src_input["names"] == [item[0] for item in items]
+    assert tgt_input == {"gt_sentence": [item[2] for item in items], "gt_gloss": [item[3] for item in items]}
+
+
+def test_the_loader_tokenises_where_it_is_told_how(demo):
+    dataset = SignLanguageDataset(demo / "labels.dev", scratch_config(), "dev")
+    dataset.encode = lambda texts: torch.tensor([[len(text)] for text in texts])
+    _, tgt_input = dataset.collate_fn([dataset[0], dataset[1]])
+    assert tgt_input["labels"].flatten().tolist() == [len(text) for text in tgt_input["gt_sentence"]]
+
+
+# ---------------------------------------------------------------------------------------------- frames
+
+@pytest.mark.parametrize("phase, augment", [("train", False), ("train", True), ("dev", False)])
+def test_a_clip_with_few_usable_frames_never_stops_a_run_later(tmp_path, phase, augment):
+    """What the check before the first step lets through must be usable whichever frames an epoch draws."""
+    keypoints, scores = random_clip(40)
+    scores[:17], scores[18:] = 0, 0  # the body is seen in one frame of 40
+    label = write_corpus(tmp_path, {"a": (keypoints, scores)})
+    dataset = SignLanguageDataset(label, scratch_config(max_length=8, augment=augment), phase)
+    for dataset.epoch in range(30):
+        assert dataset[0][1]["body"].any(), f"epoch {dataset.epoch}"
+
+
+def ramp(frames):
+    """A clip whose left wrist goes steadily to the right: its x tells the frame."""
+    keypoints, scores = np.tile(random_clip(1)[0], (frames, 1, 1)), np.full((frames, 133), 0.9, np.float32)
+    keypoints[:, BODY] = np.linspace(0.2, 0.8, 9)[:, None]
+    keypoints[:, 9, 0] = np.linspace(0.2, 0.8, frames)
+    return keypoints.astype(np.float32), scores
+
+
+@pytest.mark.parametrize("phase", ["train", "dev"])
+def test_a_long_clip_is_sampled_over_its_whole_length(tmp_path, phase):
+    """The original kept the first of random frames: what is cut off at the end is never seen."""
+    label = write_corpus(tmp_path, {"long": ramp(100), "short": ramp(10)})
+    dataset = SignLanguageDataset(label, scratch_config(max_length=10), phase)
+    place = dataset[0][1]["body"][:, BODY.index(9), 0]
+    frames = ((place + 1) / 2 * 99).round()  # of the ramp's 100
+    assert dataset.lengths == [10, 10] and len(place) == 10
+    assert (frames.diff() > 0).all(), f"in order: {frames.tolist()}"
+    assert all(10 * i - 6 <= frame <= 10 * i + 16 for i, frame in enumerate(frames.tolist())), f"one a step: {frames.tolist()}"
+    assert len(dataset[1][1]["body"]) == 10 and torch.equal(dataset[1][1]["body"], load_part_kp(*ramp(10))["body"])
+
+
+def test_training_draws_other_frames_each_epoch_and_evaluation_never(tmp_path):
+    label, drawn = write_corpus(tmp_path, {"long": ramp(100)}), {}
+    for phase in ("train", "dev"):
+        dataset = SignLanguageDataset(label, scratch_config(max_length=10), phase)
+        for epoch in (0, 1, 0):
+            dataset.epoch = epoch
+            drawn.setdefault((phase, epoch), []).append(dataset[0][1]["body"])
+    assert torch.equal(*drawn["train", 0]), "the same epoch draws the same, in whatever process"
+    assert not torch.equal(drawn["train", 0][0], drawn["train", 1][0])
+    assert torch.equal(drawn["dev", 0][0], drawn["dev", 1][0])
+
+
+def test_augmentation_varies_training_clips_only(tmp_path):
+    label = write_corpus(tmp_path, {"a": random_clip(30)})
+    plain = load_part_kp(*random_clip(30))["body"]
+    train, dev = (SignLanguageDataset(label, scratch_config(augment=True), phase) for phase in ("train", "dev"))
+    assert torch.equal(dev[0][1]["body"], plain)
+    first, again = train[0][1]["body"], train[0][1]["body"]
+    train.epoch = 1
+    other = train[0][1]["body"]
+    assert torch.equal(first, again) and not (first.shape == other.shape and torch.equal(first, other))
+    assert not finite_and_bounded(train[0][1])
+
+
+# ---------------------------------------------------------------------------------------------- batches by length
+
+LENGTHS = np.random.default_rng(0).integers(20, 300, 203)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("size, accumulation, world", [(32, 1, 1), (2, 16, 1), (16, 1, 2), (3, 5, 2), (500, 1, 1), (7, 2, 3)])
+def test_every_clip_comes_exactly_once_an_epoch(size, accumulation, world, shuffle):
+    clips, batches = [], []
+    for rank in range(world):
+        sampler = LengthBatchSampler(LENGTHS, size, shuffle, 3, accumulation, rank, world)
+        sampler.epoch = 2
+        plan = sampler.plan()
+        assert len(list(sampler)) == len(plan) == len(sampler), f"{len(list(sampler))} batches, len() says {len(sampler)}"
+        clips += [clip for _, batch, counts in plan if counts for clip in batch]
+        batches.append(len(plan))
+        assert all(1 <= len(batch) <= size for _, batch, _ in plan)
+    assert sorted(clips) == list(range(len(LENGTHS))), f"{len(clips)} clips, {len(set(clips))} different"
+    assert len(set(batches)) == 1, f"processes of {batches} batches would wait for each other for ever"
+
+
+def test_the_order_follows_from_seed_and_epoch_alone():
+    def order(seed, epoch):
+        sampler = LengthBatchSampler(LENGTHS, 8, True, seed)
+        sampler.epoch = epoch
+        return list(sampler)
+    assert order(1, 0) == order(1, 0)
+    assert order(1, 0) != order(1, 1) and order(1, 0) != order(2, 0)
+
+
+def steps(size, accumulation, world, epoch=0):
+    """The clips of each optimiser step, of all processes together."""
+    plans = []
+    for rank in range(world):
+        sampler = LengthBatchSampler(LENGTHS, size, True, 5, accumulation, rank, world)
+        sampler.epoch = epoch
+        plans.append(sampler.plan())
+    return [sorted(clip for plan in plans for _, batch, counts in plan[i:i + accumulation] if counts for clip in batch)
+            for i in range(0, len(plans[0]), accumulation)]
+
+
+@pytest.mark.parametrize("size, accumulation, world", [(2, 16, 1), (16, 1, 2), (8, 2, 2), (1, 32, 1), (4, 8, 1), (4, 2, 4)])
+def test_a_step_s_clips_do_not_depend_on_how_the_window_is_divided(size, accumulation, world):
+    for epoch in range(3):
+        whole, divided = steps(32, 1, 1, epoch), steps(size, accumulation, world, epoch)
+        assert whole == divided, f"epoch {epoch}: {sum(a != b for a, b in zip(whole, divided))} of {len(whole)} steps differ"
+        assert [len(step) for step in whole[:-1]] == [32] * 6 and len(whole[-1]) == 203 - 6 * 32
+
+
+def test_an_interrupted_epoch_goes_on_with_the_batch_that_is_next():
+    sampler = LengthBatchSampler(LENGTHS, 8, True, 1)
+    whole = list(sampler)
+    sampler.start = 5
+    assert list(sampler) == whole[5:]
+
+
+def test_batches_of_like_length_waste_less_than_random_ones():
+    def waste(batches):
+        return 1 - LENGTHS.sum() / sum(len(batch) * LENGTHS[batch].max() for batch in batches)
+    order = np.random.default_rng(1).permutation(len(LENGTHS))
+    random = waste([order[i:i + 8] for i in range(0, len(order), 8)])
+    sorted_ = waste(list(LengthBatchSampler(LENGTHS, 8, True, 1)))
+    assert sorted_ < random / 2, f"padding {100 * random:.0f} % in random batches, {100 * sorted_:.0f} % here"
+
+
+def test_evaluation_begins_with_the_longest_clips():
+    batches = list(LengthBatchSampler(LENGTHS, 8, False))
+    assert LENGTHS[batches[0]].max() == LENGTHS.max(), "memory fails in the first batch, not in the last"
+
+
+# ---------------------------------------------------------------------------------------------- the demo corpus
+
+SMALL = {"train": 12, "dev": 4, "test": 4}
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+
+
+def test_the_demo_is_the_same_for_the_same_seed(tmp_path):
+    a, b, c = (contents(make_demo_corpus(tmp_path / name, seed, SMALL)) for name, seed in (("a", 3), ("b", 3), ("c", 4)))
+    assert a.keys() == b.keys() and all(a[name] == b[name] for name in a)
+    assert a.keys() == c.keys() and any(a[name] != c[name] for name in a)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"], "nothing else is left behind"
+
+
+def test_no_dev_or_test_sentence_of_the_demo_occurs_in_train(tmp_path):
+    folder = make_demo_corpus(tmp_path / "demo", 0, {"train": 150, "dev": 40, "test": 40})
+    texts = {split: [e["text"] for e in load_dataset_file(folder / f"labels.{split}").values()] for split in SMALL}
+    assert {split: len(values) for split, values in texts.items()} == {"train": 150, "dev": 40, "test": 40}
+    shared_texts = set(texts["train"]) & set(texts["dev"] + texts["test"])
+    assert not shared_texts and not set(texts["dev"]) & set(texts["test"]), f"{len(shared_texts)} shared"
+
+
+def test_the_demo_comes_through_the_real_loader_and_looks_like_signing(demo):
+    """Full-width punctuation, clips of different lengths, glosses in another order than the words, hands that drop out."""
+    frames, dropped, texts = [], 0, []
+    for split, count in (("train", 40), ("dev", 10), ("test", 6)):
+        dataset = SignLanguageDataset(demo / f"labels.{split}", scratch_config(), split)
+        assert len(dataset) == count
+        for i in range(count):
+            _, pose, text, gloss = dataset[i]
+            assert not finite_and_bounded(pose) and gloss and text
+            frames.append(len(pose["body"]))
+            dropped += int((~pose["left"].any(-1).any(-1)).sum() + (~pose["right"].any(-1).any(-1)).sum())
+            texts.append((text, gloss))
+    assert max(frames) > 1.5 * min(frames) and dropped > 0, f"{min(frames)} to {max(frames)} frames, {dropped} hands dropped"
+    assert any("，" in text or "？" in text for text, _ in texts)
+    reordered = [text for text, gloss in texts if [text.find(g) for g in gloss] != sorted(text.find(g) for g in gloss)]
+    assert len(reordered) > 20, f"the sign order differs from the word order in {len(reordered)} of {len(texts)}"
+
+
+def test_a_demo_that_is_interrupted_leaves_no_half_corpus(tmp_path, monkeypatch):
+    calls = []
+
+    def fails_at_the_third(*arguments, **more):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*arguments, **more)
+    original = datasets_lite.pickle.dump
+    monkeypatch.setattr(datasets_lite.pickle, "dump", fails_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        make_demo_corpus(tmp_path / "demo", 0, SMALL)
+    assert not (tmp_path / "demo").exists()
+    monkeypatch.setattr(datasets_lite.pickle, "dump", original)
+    assert make_demo_corpus(tmp_path / "demo", 0, SMALL).is_dir(), "the next try works"
