@@ -3,7 +3,7 @@
 One worked example, as a clip goes through:
     train_00000.pkl      {"keypoints": (T, 1, 133, 2), "scores": (T, 1, 133)}, COCO-WholeBody, x right, y down
     -> load_pose_file    keypoints (T, 133, 2), scores (T, 133)
-    -> load_part_kp      body (T, 9, 3): joints 0 and 3-10 in one box for the clip, x, y in -1..1, confidence 0..1
+    -> load_part_kp      body (T, 9, 3): joints 0, 3-10 in one box for the clip, x, y -1..1, confidence 0..1
                          left (T, 21, 3): joints 91-111 minus joint 91; right: joints 112-132 minus joint 112
     -> collate_fn        body (B, T, 9, 3), left and right (B, T, 21, 3), padded with zeros at the end
 A joint that was not seen (confidence at most 0.3, NaN, Inf) is zero in all three channels.
@@ -35,6 +35,7 @@ THRESHOLD = 0.3  # a joint at or below this confidence counts as not seen
 BODY = [0, 3, 4, 5, 6, 7, 8, 9, 10]
 LEFT_WRIST, RIGHT_WRIST = BODY.index(9), BODY.index(10)
 LEFT, RIGHT = list(range(91, 112)), list(range(112, 133))
+USED = np.array(BODY + LEFT + RIGHT)
 BODY_EDGES = [(0, 1), (0, 2), (0, 3), (0, 4), (3, 4), (3, 5), (5, 7), (4, 6), (6, 8)]  # positions in BODY
 HAND_EDGES = [(0 if j % 4 == 1 else j - 1, j) for j in range(1, 21)]  # wrist to finger's root, then along it
 MAX_BYTES = 256 * 2**20  # of a file, of what it unpacks to, and of each array that it claims to hold
@@ -50,6 +51,18 @@ class _Refused(pickle.UnpicklingError):
     """A pickle asks for more than data."""
 
 
+class _Dtype:
+    """A dtype while it is unpickled; of what follows its name only the byte order is believed."""
+
+    def __init__(self, code, *flags):
+        if code[:1] not in "biufSUOV" or not code[1:].isdigit():
+            raise _Refused(f"an array of dtype {code!s:.100}")
+        self.value = np.dtype(code)
+
+    def __setstate__(self, state):
+        self.value = self.value.newbyteorder(state[1])
+
+
 class _Array(np.ndarray):
     """An array while it is unpickled: nothing but BUILD fills it, with bytes of a plain dtype."""
 
@@ -60,15 +73,9 @@ class _Array(np.ndarray):
 
     def __setstate__(self, state):
         version, shape, dtype, fortran, data = state
-        if dtype.kind not in "biufSU":
-            raise _Refused(f"an array of dtype {dtype.kind}")
-        super().__setstate__((version, shape, np.dtype(dtype.str), fortran, data))  # its name: flags may be forged
-
-
-def _dtype(code, *flags):
-    if code[:1] not in "biufSUOV" or not code[1:].isdigit():
-        raise _Refused(f"an array of dtype {code!s:.100}")
-    return np.dtype(code, copy=True)
+        if dtype.value.kind not in "biufSU":
+            raise _Refused(f"an array of dtype {dtype.value}")
+        super().__setstate__((version, shape, dtype.value, fortran, data))
 
 
 def _encode(text, encoding):
@@ -81,11 +88,11 @@ class _SafeUnpickler(pickle.Unpickler):
     """Builds arrays and plain containers; whatever else a pickle names is refused before it is called."""
 
     ALLOWED = {
-        "numpy.ndarray": _Array, "numpy.dtype": _dtype, "_codecs.encode": _encode,
+        "numpy.ndarray": _Array, "numpy.dtype": _Dtype, "_codecs.encode": _encode,
         "numpy.core.multiarray._reconstruct": lambda kind, shape, code: np.ndarray.__new__(_Array, 0),
-        "numpy.core.multiarray.scalar": lambda dtype, data: np.frombuffer(data, dtype.str, 1)[0],
+        "numpy.core.multiarray.scalar": lambda dtype, data: np.frombuffer(data, dtype.value, 1)[0],
         "numpy.core.numeric._frombuffer": lambda data, dtype, shape, order:
-            np.frombuffer(data, dtype.str).reshape(shape, order=order).view(_Array),
+            np.frombuffer(data, dtype.value).reshape(shape, order=order).view(_Array),
         "builtins.bytearray": lambda data: bytearray(memoryview(data)), "builtins.complex": complex,
         "builtins.set": set, "builtins.frozenset": frozenset, "collections.OrderedDict": OrderedDict}
 
@@ -104,15 +111,15 @@ def _naming(path, what):
     except DataError:
         raise
     except _Refused as error:
-        raise _Refused(f"{path}: refused, the pickle asks for {error}; a label or pose file needs nothing but "
-                       "arrays and plain containers, so don't trust it") from None
+        raise _Refused(f"{path}: refused, the pickle asks for {error}; a label or pose file needs nothing "
+                       "but arrays and plain containers, so don't trust it") from None
     except Exception as error:  # of any kind: the bytes are anybody's
         raise DataError(f"{path}: {what} ({type(error).__name__}: {error!s:.200})") from error
 
 
 def _check_size(path, size, what="holds"):
     if size > MAX_BYTES:
-        raise DataError(f"{path}: {what} {size:,} bytes, {MAX_BYTES:,} at most are read; is it the right file?")
+        raise DataError(f"{path}: {what} {size:,} bytes, over {MAX_BYTES:,}; is it the right file?")
 
 
 # ---------------------------------------------------------------------------------- labels and poses
@@ -120,13 +127,13 @@ def _check_size(path, size, what="holds"):
 def load_dataset_file(path, problems=None):
     """Labels -> {name: {name, text, gloss (list, may be empty), pose (file name)}}.
 
-    Reads a gzip-pickled dict (CSL-Daily, How2Sign) and JSON: a dict, or CSL-News's list of {video, pose, text}.
-    Raises DataError naming the file or entry, pickle.UnpicklingError for a pickle that asks for more than
-    data; where a list of `problems` is given, faulty entries are added to it and left out instead.
+    Reads a gzip-pickled dict (CSL-Daily), and JSON: a dict, or CSL-News's list of {video, pose, text}. Raises
+    DataError naming file or entry, pickle.UnpicklingError for a pickle that asks for more than data; where a
+    list of `problems` is given, faulty entries are added to it and left out instead.
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"{path}: no such label file; data_dir must hold labels.train, labels.dev, labels.test")
+        raise DataError(f"{path}: no such label file; data_dir must hold labels.train, .dev and .test")
     with _naming(path, "damaged, or neither a gzip-pickled dict nor JSON"):
         _check_size(path, path.stat().st_size)
         raw = path.read_bytes()
@@ -150,15 +157,15 @@ def load_dataset_file(path, problems=None):
         except DataError as error:
             faults.append(str(error))
     if faults and problems is None:
-        raise DataError(_first(faults))
+        raise DataError(f"{path}: {len(faults)} faulty entries:\n{_first(faults)}")
     if faults:
         problems += faults
     return entries
 
 
-def _first(lines, indent=""):
+def _first(lines):
     more = [f"... and {len(lines) - 5} more"] if len(lines) > 5 else []
-    return "\n".join(indent + line for line in lines[:5] + more)
+    return "\n".join(f"  {line}" for line in lines[:5] + more)
 
 
 def _entry(path, key, entry):
@@ -182,8 +189,8 @@ def _entry(path, key, entry):
 def load_pose_file(path):
     """One clip -> (keypoints (T, 133, 2), scores (T, 133)), float32; pixels are divided by `w_h`, if there.
 
-    `.pkl` holds arrays or lists of frames, with or without the person axis, and may hold `start` and `end` (frames,
-    end exclusive) and `w_h`; `.npz` holds the arrays `keypoints` and `scores`, nothing pickled.
+    `.pkl` holds arrays or lists of frames, with or without the person axis, and may hold `start` and `end`
+    (frames, end exclusive) and `w_h`; `.npz` holds the arrays `keypoints` and `scores`, nothing pickled.
     Raises DataError naming the file, pickle.UnpicklingError for a pickle that asks for more than data.
     """
     path = Path(path)
@@ -216,37 +223,49 @@ def _read_npz(file, path):
         warnings.simplefilter("ignore")  # numpy's, about headers that Python 2 wrote
         for member in archive.zip.infolist():
             _check_size(path, member.file_size, f"{member.filename} unpacks to")
-            with archive.zip.open(member) as header:  # read before memory is taken for what it claims
-                read = np.lib.format.read_array_header_1_0
-                shape, _, dtype = read(header) if np.lib.format.read_magic(header) == (1, 0) else ((), 0, np.dtype("O"))
+            with archive.zip.open(member) as file:  # its claim is read before memory is taken for it
+                version = np.lib.format.read_magic(file)[0]
+                shape, _, dtype = getattr(np.lib.format, f"read_array_header_{version}_0")(file)
             _check_size(path, math.prod(shape) * dtype.itemsize, f"{member.filename} claims")
         return {name: archive[name] for name in archive.files}
 
 
 def _frames(value, shape, field, path):
     """Array (T, 133, ...) or (T, 1, 133, ...), or a list of T such frames -> float32 (T, 133, ...)."""
-    size, first, depth = 4, value, 0
-    while isinstance(first, (list, tuple)) and first and depth < 5:  # a pickle can name one list a million times
-        size, first, depth = size * len(first), first[0], depth + 1
-    _check_size(path, size * np.size(first), f"{field} claims")
     try:
-        if depth == 5:
-            raise ValueError("lists in lists in lists")
-        if isinstance(value, list) and value and all(type(f) is _Array and f.shape == first.shape for f in value):
-            value = np.concatenate(value, dtype=np.float32, casting="unsafe").reshape(len(value), *first.shape)
+        if isinstance(value, (list, tuple)) and value:
+            value = _stacked(value, shape)
         array = np.asarray(value)
         if array.dtype.kind not in "biuf":
             raise ValueError(f"dtype {array.dtype}")
-    except ValueError as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{path}: {field} is not numbers of one shape a frame ({error})") from error
     if array.size == 0:
         raise DataError(f"{path}: {field} has no frames (shape {array.shape})")
     if array.ndim == len(shape) + 2:  # a person axis: the first person is the signer
         array = array[:, 0]
     if array.shape[1:] != shape:
-        wanted = " or ".join(str(("T", *person, *shape)).replace("'", "") for person in ((), (1,)))
-        raise DataError(f"{path}: {field} has shape {array.shape}, {wanted} was expected: COCO-WholeBody joints")
+        wanted = "(T, 133, 2) or (T, 1, 133, 2)" if len(shape) == 2 else "(T, 133) or (T, 1, 133)"
+        raise DataError(f"{path}: {field} has shape {array.shape}, {wanted} was expected (COCO-WholeBody)")
     return array.astype(np.float32, copy=False)
+
+
+def _stacked(frames, shape):
+    """Frames, arrays or lists of numbers -> array (T, ...); a pickle can name one list a million times."""
+    first = frames[0]
+    size = first.size if isinstance(first, np.ndarray) else math.prod(shape)
+    if 4 * size * len(frames) > MAX_BYTES:
+        raise ValueError(f"{len(frames)} frames are over {MAX_BYTES:,} bytes")
+    if isinstance(first, np.ndarray):
+        if any(getattr(frame, "shape", None) != first.shape for frame in frames):
+            raise ValueError("frames of several shapes")
+        return np.concatenate(frames, dtype=np.float32, casting="unsafe").reshape(-1, *first.shape)
+    rows, shape = frames, (1, *shape) if len(first) == 1 else shape
+    for width in shape:
+        if any(not isinstance(row, (list, tuple)) or len(row) != width for row in rows):
+            raise ValueError(f"lists that are not of {width} each")
+        rows = [item for row in rows for item in row]
+    return np.array([float(number) for number in rows]).reshape(-1, *shape)
 
 
 def _numbers(value, count, field, wanted, path):
@@ -265,7 +284,7 @@ def _from_pixels(keypoints, scores, w_h, path):
     if w_h is None or not (keypoints > 2).any():
         return keypoints
     seen = (scores > THRESHOLD) & np.isfinite(keypoints).all(-1)
-    if not seen.any() or np.median(keypoints[seen]) <= 2:  # w_h is on normalised clips, too: the values decide
+    if not seen.any() or np.median(keypoints[seen]) <= 2:  # w_h is on normalised clips, too
         return keypoints
     size = np.array(_numbers(w_h, 2, "w_h", "[width, height] in pixels", path), np.float32)
     if not (size > 0).all():
@@ -274,11 +293,11 @@ def _from_pixels(keypoints, scores, w_h, path):
 
 
 def crop_scale(motion, thr):
-    """Put a clip into one box: motion (T, V, 3) of x, y, confidence -> (result (T, V, 3) float32, scale, offset).
+    """One box for a clip: motion (T, V, 3) of x, y, confidence -> (result (T, V, 3) float32, scale, offset).
 
-    The box spans all joints of all frames with confidence above thr and finite coordinates: scale is its longer
-    side, offset (2,) its corner; result's x and y lie in -1..1, confidence in 0..1; any other joint is zero.
-    Fewer than 4 such joints, or a box without extent: (zeros, 0, None). Never NaN or a warning; motion is kept.
+    It spans all joints of all frames with confidence above thr and finite coordinates. Scale: its longer
+    side; offset (2,): its corner; result: x, y in -1..1, confidence in 0..1, any other joint zero. Fewer than
+    4 such joints, or a box without extent: (zeros, 0, None). Never NaN or a warning; motion is left alone.
     """
     motion = np.asarray(motion)
     return _scaled(motion[..., :2], motion[..., 2], thr, motion.shape[1])
@@ -288,21 +307,22 @@ def _scaled(xy, confidence, thr, body):
     """crop_scale on the first `body` joints; the hands of 21 joints behind them get the body's scale only."""
     with np.errstate(all="ignore"):
         usable = confidence > thr
-        xy = np.array(xy.transpose(2, 0, 1), np.float64, order="C")  # (2, T, V): much faster than (T, V, 2)
+        joints = np.empty((3, *usable.shape))  # channels first: much faster than (T, V, 3)
+        joints[:2], joints[2] = xy.transpose(2, 0, 1), confidence
+        xy = joints[:2]
         usable &= np.isfinite(xy[0]) & np.isfinite(xy[1])
         low = np.where(usable[:, :body], xy[..., :body], np.inf).min((1, 2), initial=np.inf)
         high = np.where(usable[:, :body], xy[..., :body], -np.inf).max((1, 2), initial=-np.inf)
-        scale, result = float((high - low).max()), np.zeros(usable.shape + (3,), np.float32)
-        if np.count_nonzero(usable[:, :body]) < 4 or not np.finfo(np.float32).tiny < scale < np.inf:
-            return result, 0, None
+        scale = float((high - low).max())
+        if np.count_nonzero(usable[:, :body]) < 4 or not np.finfo(np.float32).tiny < scale < math.inf:
+            return np.zeros((*usable.shape, 3), np.float32), 0, None
         offset = low / 2 + high / 2 - scale / 2
         xy[..., :body] = (xy[..., :body] - offset[:, None, None]) / scale * 2 - 1
         for hand in (slice(first, first + 21) for first in range(body, usable.shape[1], 21)):
             xy[..., hand] = (xy[..., hand] - xy[..., hand][..., :1]) / scale
             usable[:, hand] &= usable[:, hand][:, :1]
-        result[..., 0], result[..., 1] = np.where(usable, xy.clip(-1, 1), 0)
-        result[..., 2] = np.where(usable, confidence.clip(0, 1), 0)
-    return result, scale, offset
+        joints = np.where(usable, joints.clip([[[-1]], [[-1]], [[0]]], 1), 0)
+        return joints.transpose(1, 2, 0).astype(np.float32, order="C"), scale, offset
 
 
 def load_part_kp(skeletons, confs):
@@ -311,14 +331,14 @@ def load_part_kp(skeletons, confs):
     The body goes through `crop_scale`. A hand is taken relative to its own first joint, divided by the body's
     scale and clipped to -1..1; in a frame where that first joint was not seen, the whole hand is zero.
     """
-    skeletons, confs = np.asarray(skeletons)[:, BODY + LEFT + RIGHT], np.asarray(confs)[:, BODY + LEFT + RIGHT]
+    skeletons, confs = np.asarray(skeletons).take(USED, 1), np.asarray(confs).take(USED, 1)
     joints, _, _ = _scaled(skeletons, confs, THRESHOLD, len(BODY))
-    parts = torch.from_numpy(joints).split([len(BODY), len(LEFT), len(RIGHT)], 1)
-    return {name: part.contiguous() for name, part in zip(("body", "left", "right"), parts)}
+    parts = {"body": joints[:, :9], "left": joints[:, 9:30], "right": joints[:, 30:]}
+    return {part: torch.from_numpy(values.copy()) for part, values in parts.items()}
 
 
 def sample_frames(frames, max_length, rng=None):
-    """Indices of at most max_length of `frames` frames over the whole clip: even, or at random within even steps."""
+    """Indices of at most max_length of `frames` frames: evenly, or, with rng, at random within even steps."""
     if frames <= max_length:
         return np.arange(frames)
     inside = 0.5 if rng is None else rng.random(max_length)
@@ -347,11 +367,11 @@ def inspect_clip(path):
     finite = np.isfinite(keypoints).all(-1)
     seen, problem = (scores > THRESHOLD) & finite, ""
     if not load_part_kp(keypoints, scores)["body"].any():
-        problem = (f"{path}: no usable body ({int(seen[:, BODY].sum())} joints above confidence {THRESHOLD} in "
-                   f"{len(seen)} frames)")
+        count = np.count_nonzero(seen[:, BODY])
+        problem = f"{path}: no usable body ({count} joints above confidence {THRESHOLD}, {len(seen)} frames)"
     unseen = tuple(int((~seen[:, part]).sum()) for part in (BODY, LEFT, RIGHT))
     no_hand = int((~seen[:, [LEFT[0], RIGHT[0]]]).all(1).sum())
-    not_finite = int((~(finite & np.isfinite(scores)))[:, BODY + LEFT + RIGHT].sum())
+    not_finite = int((~(finite & np.isfinite(scores)))[:, USED].sum())
     # load_pose_file divides by w_h where it can; what is still far above 1 are pixels
     in_pixels = bool(seen.any() and np.median(keypoints[seen]) > 2)
     return ClipReport(len(seen), unseen, no_hand, not_finite, in_pixels, problem)
@@ -360,10 +380,10 @@ def inspect_clip(path):
 class SignLanguageDataset(Dataset):
     """Clips of one label file; item: (name, pose {body, left, right}, text, gloss).
 
-    Every pose file is read once when the set is made, by all cores, so that no bad clip stops a run hours later;
-    the result is kept in config.output_dir. With on_bad_clip "error" DataError names the bad clips, with "skip"
-    they are left out and listed in output_dir/bad_clips.txt; where a list of `problems` is given, they are left out
-    and added to it. `encode`, if set, turns texts into labels in the loader's workers.
+    Every pose file is read once when the set is made, by all cores, so that no bad clip stops a run later;
+    what was found is kept in config.output_dir. With on_bad_clip "error" DataError names the bad clips, with
+    "skip" they are left out and listed in output_dir/bad_clips.txt; a list of `problems` replaces both.
+    `encode`, if set, turns texts into labels in the loader's workers.
     """
 
     def __init__(self, label_path, config, phase="train", problems=None):
@@ -398,18 +418,18 @@ class SignLanguageDataset(Dataset):
         keys = [s and f"{path} {s.st_size} {s.st_mtime_ns}" for path, s in zip(self.paths, stats)]
         todo = sorted({path for path, key in zip(self.paths, keys) if path and key not in cache})
         found = dict(zip(todo, _in_parallel(inspect_clip, todo, f"reading {self.label_path.name}")))
-        found[None] = ClipReport(problem=f"its pose lies outside {self.pose_dir}, or a link leads out: refused")
+        found[None] = ClipReport(problem=f"its pose is outside {self.pose_dir}, or a link leads out: refused")
         reports = [ClipReport(*cache[k]) if k in cache else found[path] for path, k in zip(self.paths, keys)]
         if folder and todo:
             _write(cache_path, json.dumps({k: r for k, r in zip(keys, reports) if k}))
         return reports
 
     def _drop_bad(self, problems):
-        """Leave out bad clips, or refuse the set, as on_bad_clip says; with a list of problems name them there."""
+        """Leave out bad clips, or refuse the set, as on_bad_clip says; `problems` only takes their names."""
         bad = [f"{e['name']}: {r.problem}" for e, r in zip(self.entries, self.reports) if r.problem]
         if not bad:
             return
-        message = f"{self.label_path}: {len(bad)} of {len(self.entries)} clips are unusable:\n{_first(bad, '  ')}"
+        message = f"{self.label_path}: {len(bad)} of {len(self.entries)} clips are unusable:\n{_first(bad)}"
         if problems is None and (self.config.on_bad_clip == "error" or len(bad) == len(self.entries)):
             raise DataError(f"{message}\nmend or remove them, or leave them out with --on_bad_clip skip")
         keep = [i for i, report in enumerate(self.reports) if not report.problem]
@@ -438,7 +458,7 @@ class SignLanguageDataset(Dataset):
         return read_clip(self.paths[index], self.config, rng)
 
     def collate_fn(self, batch):
-        """Items -> (src_input, tgt_input); parts zero-padded at the end, attention_mask (B, T): 1 = real frame."""
+        """Items -> (src_input, tgt_input); attention_mask (B, T): 1 = real frame, 0 = zero padding."""
         names, poses, texts, glosses = zip(*batch)
         src_input = pad_poses(poses) | {"names": list(names)}
         tgt_input = {"gt_sentence": list(texts), "gt_gloss": list(glosses)}
@@ -455,7 +475,10 @@ def _write(path, text):
 
 
 def read_clip(path, config, rng=None):
-    """The one way from a pose file to {body, left, right}: training (with rng), evaluation and a single clip."""
+    """The one way from a pose file to {body, left, right}: training (with rng), evaluation, one clip.
+
+    Raises DataError or pickle.UnpicklingError, naming the file.
+    """
     stored = keypoints, scores = load_pose_file(path)
     if rng is not None and config.augment:
         keypoints, scores = augment_clip(keypoints, scores, rng)
@@ -472,7 +495,7 @@ def read_clip(path, config, rng=None):
 
 
 def augment_clip(keypoints, scores, rng):
-    """Another speed (0.8-1.25), tilt (to 10 degrees), aspect (to 10 %) and noise (0.3 % of the body's extent)."""
+    """Another speed (0.8-1.25), tilt (to 10 degrees), aspect (to 10 %), noise (0.3 % of the body)."""
     count = max(4, round(len(scores) * np.exp(rng.uniform(np.log(0.8), np.log(1.25)))))
     frames = np.linspace(0, len(scores) - 1, count).round().astype(int)
     keypoints, scores = keypoints[frames], scores[frames]
@@ -497,18 +520,18 @@ def pad_poses(poses):
 
 
 class LengthBatchSampler(Sampler):
-    """Batches of clips of like length, in windows: what one optimiser step sees, batch_size x accumulation x world clips.
+    """Batches of clips of like length, in windows of the clips that one optimiser step of all processes sees.
 
-    Shuffled, from seed and epoch alone: pools of 16 windows are sorted by length and cut into windows, which come in
-    random order; the clips that fill none come last, as a short one. So a step's clips depend on the window's size, not
-    on how micro-batches and processes divide it. Unshuffled: longest first, so that memory fails early.
-    Process `rank` of `world` takes every world-th batch of a window; where they do not divide evenly, it repeats one
-    that does not count. `start` skips batches of this process that an interrupted epoch has already used.
+    Shuffled, from seed and epoch alone: pools of 16 windows are sorted by length and cut into windows, which
+    come in random order; a short one is last. So a step's clips do not depend on how micro-batches and
+    processes divide it. Unshuffled: longest first, and memory fails early. Process `rank` of `world` takes
+    every world-th batch of a window; where that does not come out even, it repeats one that does not count.
+    `start` skips batches of this process that an interrupted epoch has already used.
     """
 
     def __init__(self, lengths, batch_size, shuffle, seed=0, accumulation=1, rank=0, world=1):
-        self.lengths, self.batch_size, self.shuffle, self.seed = np.asarray(lengths), batch_size, shuffle, seed
-        self.rank, self.world, self.epoch, self.start = rank, world, 0, 0
+        self.lengths, self.batch_size, self.shuffle = np.asarray(lengths), batch_size, shuffle
+        self.seed, self.rank, self.world, self.epoch, self.start = seed, rank, world, 0, 0
         self.window = batch_size * accumulation * world if shuffle else max(1, len(self.lengths))
 
     def __len__(self):
@@ -563,15 +586,15 @@ DEMO_SPLITS = {"train": 1600, "dev": 120, "test": 120}
 
 
 def make_demo_corpus(data_dir, seed=0, splits=None):
-    """Write a synthetic corpus in the real on-disk format, the same for the same seed; returns data_dir as a Path.
+    """Write a synthetic corpus in the real on-disk format, the same for the same seed -> data_dir as a Path.
 
-    Signs differ in hand shape, place and path, some use both hands; the text's word order is not the signs' order;
-    signers differ in size, place, tilt, speed and noise; hands drop out. No dev or test sentence occurs in train.
-    `splits` gives clips a split. The folder appears whole or not at all; one that is in use raises DataError.
+    Signs differ in hand shape, place and path, some use both hands; the text's word order is not the signs';
+    signers differ in size, place, tilt, speed and noise; hands drop out. No dev or test sentence is in train.
+    `splits` gives clips a split. The folder appears whole or not at all; DataError where one is in use.
     """
     data_dir, splits, rng = Path(data_dir), splits or DEMO_SPLITS, np.random.default_rng(seed)
-    if data_dir.exists() and not (data_dir.is_dir() and not any(data_dir.iterdir())):
-        raise DataError(f"{data_dir}: exists and is not an empty folder; remove it, or name another for the demo")
+    if data_dir.exists() and (not data_dir.is_dir() or any(data_dir.iterdir())):
+        raise DataError(f"{data_dir}: is there and not an empty folder; remove it or name another")
     sentences, signs = {}, _demo_signs()
     while len(sentences) < sum(splits.values()):
         text, gloss = _demo_sentence(rng)
@@ -586,8 +609,9 @@ def make_demo_corpus(data_dir, seed=0, splits=None):
             for number in tqdm(range(count), desc=f"demo {split}", disable=None, leave=False):
                 (text, gloss), name = next(rows), f"{split}_{number:05d}"
                 keypoints, scores = _demo_clip([signs[word] for word in gloss], rng)
+                clip = {"keypoints": keypoints[:, None], "scores": scores[:, None]}
                 with open(corpus / "pose_format" / f"{name}.pkl", "wb") as file:
-                    pickle.dump({"keypoints": keypoints[:, None], "scores": scores[:, None]}, file, protocol=4)
+                    pickle.dump(clip, file, protocol=4)
                 labels[name] = {"name": name, "gloss": gloss, "text": text, "video_path": f"{name}.mp4"}
             (corpus / f"labels.{split}").write_bytes(gzip.compress(pickle.dumps(labels, protocol=4), mtime=0))
         os.replace(corpus, data_dir)
@@ -597,25 +621,27 @@ def make_demo_corpus(data_dir, seed=0, splits=None):
 def _demo_sentence(rng):
     """One random sentence: (text in word order, gloss in sign order)."""
     word = {kind: words[rng.integers(len(words))] for kind, words in DEMO_WORDS.items()}
-    chance = {"greeting": .1, "time": .6, "place": .5, "not": .3, "adjective": .5, "question": .3, "thanks": .1}
+    chance = dict(greeting=0.1, time=0.6, place=0.5, adjective=0.5, question=0.3, thanks=0.1) | {"not": 0.3}
     has = {kind: kind not in chance or rng.random() < chance[kind] for kind in DEMO_WORDS}
     text = "".join([
-        "你好，" * has["greeting"], word["time"] * has["time"], word["subject"], ("在" + word["place"]) * has["place"],
-        "不" * has["not"], word["verb"], (word["adjective"] + "的") * has["adjective"], word["object"],
+        "你好，" * has["greeting"], word["time"] * has["time"], word["subject"],
+        ("在" + word["place"]) * has["place"], "不" * has["not"], word["verb"],
+        (word["adjective"] + "的") * has["adjective"], word["object"],
         "吗？" if has["question"] else "，" if has["thanks"] else "。", "谢谢！" * has["thanks"]])
-    order = ["greeting", "time", "place", "subject", "object", "adjective", "verb", "not", "question", "thanks"]
+    order = "greeting time place subject object adjective verb not question thanks".split()
     return text, [word[kind] for kind in order if has[kind]]
 
 
 def _demo_signs():
-    """{word: hand (flexion of 5 fingers, spread, palm angle), place, path, other hand}, the same for every seed."""
+    """{word: hand (flexion of 5 fingers, spread, palm angle), place, path, other hand}, whatever the seed."""
     rng, signs = np.random.default_rng(20240), {}
-    shapes = rng.permutation([[a, b, c, d, d] for a in (0, 1) for b in (0, 0.5, 1) for c in (0, 1) for d in (0, 1)])
+    shapes = [[a, b, c, d, d] for a in (0, 1) for b in (0, 0.5, 1) for c in (0, 1) for d in (0, 1)]
+    shapes = rng.permutation(shapes)
     for i, word in enumerate(word for words in DEMO_WORDS.values() for word in words):
         angle = rng.uniform(0, 2 * np.pi)
         signs[word] = {
             "hand": [*shapes[i % len(shapes)], rng.uniform(0.12, 0.35), rng.uniform(-1.2, 1.2)],
-            "place": np.array([rng.uniform(-0.7, 0.2), rng.uniform(-0.5, 1.0)]),  # shoulder widths from the neck
+            "place": np.array([rng.uniform(-0.7, 0.2), rng.uniform(-0.5, 1.0)]),
             "direction": 0.35 * np.array([np.cos(angle), np.sin(angle)]),
             "path": ("line", "arc", "circle", "tap")[rng.integers(4)],
             "other": ("none", "none", "mirror", "base")[rng.integers(4)]}
@@ -626,12 +652,12 @@ def _demo_path(sign, phase):
     """Displacement (n, 2) of the dominant hand at phase (n,), 0..1, of the sign."""
     wave = np.exp(2j * np.pi * phase)
     forth, aside = {"line": (phase, 0 * phase), "arc": (phase, np.sin(np.pi * phase)),
-                    "circle": (wave.real / 2, wave.imag / 2), "tap": (wave.imag ** 2, 0 * phase)}[sign["path"]]
+                    "tap": (wave.imag**2, 0 * phase), "circle": (wave.real / 2, wave.imag / 2)}[sign["path"]]
     return np.outer(forth, sign["direction"]) + np.outer(aside, sign["direction"][::-1] * [-1, 1])
 
 
 def _demo_hand(flexion, spread, palm):
-    """A right hand's joints (n, 21, 2), wrist at the origin: flexion (n, 5), spread (n, 1), palm angle (n, 1)."""
+    """Joints (n, 21, 2) around the right wrist from flexion (n, 5), spread (n, 1) and palm angle (n, 1)."""
     finger = np.arange(5)
     heading = palm + spread * (finger - 2) * 1.3 - np.pi / 2  # fingers point up at palm 0
     joints, place = np.zeros((len(palm), 21, 2)), 0
@@ -651,16 +677,18 @@ def _demo_clip(signs, rng):
     for sign in signs:
         phase = np.linspace(0, 1, max(4, round(rng.uniform(5, 7) / speed)))
         right = sign["place"] + _demo_path(sign, phase)
-        left = {"none": 0 * right + [0.6, 1.6], "mirror": right * [-1, 1], "base": 0 * right + sign["place"] * [-1, 1]}
+        left = {"none": 0 * right + rest[2:4], "mirror": right * [-1, 1],
+                "base": 0 * right + sign["place"] * [-1, 1]}
         keys += [[*r, *q, *sign["hand"], sign["other"] == "none"] for r, q in zip(right, left[sign["other"]])]
         begin = times[-1] + 1 + max(1, round(2 / speed))  # the hands move from sign to sign in between
         times += range(begin, begin + len(phase))
     keys, times = np.array(keys + [rest]), times + [times[-1] + 3]
     track = np.stack([np.interp(np.arange(times[-1] + 1), times, key) for key in keys.T], -1)
     right, left, flexion, spread, palm, idle = np.split(track, [2, 4, 9, 10, 11], -1)
-    points, reach = np.zeros((len(track), JOINTS, 2)), rng.uniform(0.9, 1.1)  # in shoulder widths from the neck
+    # the rest of the body, in shoulder widths from the neck; legs and face, which nothing reads, are dots
+    points, reach = np.zeros((len(track), JOINTS, 2)), rng.uniform(0.9, 1.1)
     points[:, [0, 3, 4, 5, 6]] = [(0, -0.55), (0.17, -0.57), (-0.17, -0.57), (0.5, 0), (-0.5, 0)]
-    points[:, 11:23], points[:, [1, 2, *range(23, 91)]] = (0, 2.4), (0, -0.5)  # legs and face, which nothing reads
+    points[:, 11:23], points[:, [1, 2, *range(23, 91)]] = (0, 2.4), (0, -0.5)
     for side, shoulder, elbow, wrist, hand in ((1, 5, 7, 9, left), (-1, 6, 8, 10, right)):
         points[:, wrist] = hand
         points[:, elbow] = (points[:, shoulder] + hand) / 2 + [0.2 * reach * side, 0.25]

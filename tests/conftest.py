@@ -1,14 +1,13 @@
 """What the tests share: small clips and corpora in the real format, a tiny "pretrained" mT5, models, batches.
 
-Everything is made in temporary folders, offline. Real data is read from ../shared/data beside the repository; a test
-that needs it is skipped where it is not there.
+Everything is made in temporary folders, offline. Real data is read from ../shared/data beside the
+repository; a test that needs it is skipped where it is not there.
 """
+
 import gzip
-import json
 import os
 import pickle
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach for the network
@@ -19,7 +18,6 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from transformers import MT5Config, MT5ForConditionalGeneration
 
@@ -37,10 +35,10 @@ def shared(name):
     return SHARED / name
 
 
-# ---------------------------------------------------------------------------------------------- files
+# ---------------------------------------------------------------------------------- files
 
 def random_clip(frames=12, seed=0):
-    """(keypoints (T, 133, 2) in 0..1, scores (T, 133)): all joints seen, hands near their wrists, smooth motion."""
+    """(keypoints (T, 133, 2) in 0..1, scores (T, 133)): all joints seen, hands at their wrists."""
     rng = np.random.default_rng(seed)
     steps = rng.normal(0, 0.01, (frames, 133, 2)).cumsum(0)
     keypoints = rng.uniform(0.3, 0.7, (1, 133, 2)) + steps
@@ -51,7 +49,10 @@ def random_clip(frames=12, seed=0):
 
 def write_pose(path, keypoints, scores, **more):
     """A pose file as the extractors write it: a list of per-frame arrays with the person axis."""
-    content = {"keypoints": [np.asarray(k)[None] for k in keypoints], "scores": [np.asarray(s)[None] for s in scores]}
+    content = {
+        "keypoints": [np.asarray(k)[None] for k in keypoints],
+        "scores": [np.asarray(s)[None] for s in scores],
+    }
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(pickle.dumps(content | more, protocol=4))
@@ -77,12 +78,14 @@ def write_corpus(folder, clips, split="train"):
     return write_labels(Path(folder) / f"labels.{split}", {name: entry(name) for name in clips})
 
 
-# ---------------------------------------------------------------------------------------------- the demo, small
+# ---------------------------------------------------------------------------------- the demo, small
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
     """The folder of a small demo corpus."""
-    return make_demo_corpus(tmp_path_factory.mktemp("demo") / "corpus", seed=1, splits={"train": 40, "dev": 10, "test": 6})
+    return make_demo_corpus(
+        tmp_path_factory.mktemp("demo") / "corpus", seed=1, splits={"train": 40, "dev": 10, "test": 6}
+    )
 
 
 @pytest.fixture(scope="session")
@@ -92,8 +95,9 @@ def clips(demo):
 
 
 def scratch_config(**options):
-    """A small mT5 from scratch, without CTC unless asked for."""
-    return ScratchConfig(**{"d_model": 32, "num_layers": 2, "num_workers": 0, "ctc_weight": 0.0, **options})
+    """A small mT5 from scratch, without CTC and augmentation unless asked for."""
+    small = dict(d_model=32, num_layers=2, num_workers=0, ctc_weight=0.0, augment=False)
+    return ScratchConfig(**small | options)
 
 
 def scratch_model(dataset, seed=0, **options):
@@ -118,17 +122,19 @@ def without_dropout(model):
     return model.train()
 
 
-# ---------------------------------------------------------------------------------------------- a tiny "pretrained" mT5
+# ---------------------------------------------------------------------------------- a tiny "pretrained" mT5
 
-MT5_SIZES = dict(d_model=32, d_kv=8, num_heads=4, d_ff=64, num_layers=6, num_decoder_layers=6, decoder_start_token_id=0)
+MT5_SIZES = dict(
+    d_model=32, d_kv=8, num_heads=4, d_ff=64, num_layers=6, num_decoder_layers=6, decoder_start_token_id=0
+)
 
 
 @pytest.fixture(scope="session")
 def mt5_folder(tmp_path_factory):
     """mT5's architecture at random with its head untied, the files google/mt5-small ships: no tokenizer.json.
 
-    The tables have more rows than the vocabulary has pieces, as mT5's own do. The vocabulary is the real Chinese one
-    where it is at hand, else one that is trained here.
+    The tables have more rows than the vocabulary has pieces, as mT5's own do. The vocabulary is the real
+    Chinese one where it is at hand, else one that is trained here.
     """
     folder = tmp_path_factory.mktemp("mt5")
     spiece = SHARED / "mt5_cn_tokenizer" / "spiece.model"
@@ -151,8 +157,18 @@ def _train_spiece():
     rng, model = np.random.default_rng(0), io.BytesIO()
     texts = [_demo_sentence(rng)[0] for _ in range(400)] + ["他们在学校学习。", "The quick brown fox.", "再见！"] * 20
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=model, vocab_size=400, hard_vocab_limit=False, pad_id=0, eos_id=1,
-        unk_id=2, bos_id=-1, character_coverage=1.0, normalization_rule_name="nmt_nfkc", minloglevel=2)
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        vocab_size=400,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        character_coverage=1.0,
+        normalization_rule_name="nmt_nfkc",
+        minloglevel=2,
+    )
     return model.getvalue()
 
 
@@ -171,10 +187,6 @@ def pretrained_model(folder, texts=None, seed=0, **options):
 
 
 def save_best(model, folder):
-    """A run's best/ as the contract describes it: weights, config and the tokeniser's files."""
-    folder = Path(folder)
-    folder.mkdir(parents=True)
-    model.mt5_tokenizer.save_pretrained(folder)
-    save_file(model.state_to_save(), folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(asdict(model.config) | {"model": model.description()}), encoding="utf-8")
-    return folder
+    """The folder, with all that `SignLanguageLite.from_pretrained` needs."""
+    model.save_pretrained(folder)
+    return Path(folder)

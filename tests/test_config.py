@@ -16,7 +16,12 @@ def not_its_type(item):
     """Values that a field of this type must refuse, by name."""
     choices = getattr(item.type, "__args__", None)
     if choices:
-        return [None, "neither of them", 17, float(choices[0]) if isinstance(choices[0], int) else choices[0].upper()]
+        return [
+            None,
+            "neither of them",
+            17,
+            float(choices[0]) if isinstance(choices[0], int) else choices[0].upper(),
+        ]
     return {str: [None, 3, b"bytes", ["a"]],
             bool: [None, 1, 0.0, "true"],
             int: [None, "3", 2.5, math.nan, math.inf, True, [1]],
@@ -31,14 +36,37 @@ def out_of_range(kind, name):
     return (numbers + at_least_one) * number + SPECIAL.get(name, [])
 
 
-AT_LEAST_ONE = {"batch_size", "gradient_accumulation", "max_length", "max_text_length", "epochs", "log_interval",
-                "val_interval", "num_layers", "vocab_size", "learning_rate", "num_beams", "max_new_tokens"}
-SPECIAL = {"label_smoothing": [1.0], "learning_rate": [1.5], "min_lr": [0.1], "d_model": [0, 33], "temporal_stride": [0, 3],
-           "num_beams": [-1], "max_new_tokens": [-1], "no_repeat_ngram_size": [-1]}
+AT_LEAST_ONE = {
+    "batch_size",
+    "gradient_accumulation",
+    "max_length",
+    "max_text_length",
+    "epochs",
+    "log_interval",
+    "val_interval",
+    "num_layers",
+    "vocab_size",
+    "learning_rate",
+    "num_beams",
+    "max_new_tokens",
+}
+SPECIAL = {
+    "label_smoothing": [1.0],
+    "learning_rate": [1.5],
+    "min_lr": [0.1],
+    "d_model": [0, 33],
+    "temporal_stride": [0, 3],
+    "num_beams": [-1],
+    "max_new_tokens": [-1],
+    "no_repeat_ngram_size": [-1],
+}
 
 
-@pytest.mark.parametrize("kind, name", [(k, item.name) for k in (TrainConfig, InferenceConfig) for item in fields(k)],
-                         ids=lambda value: value if isinstance(value, str) else value.__name__)
+@pytest.mark.parametrize(
+    "kind, name",
+    [(k, item.name) for k in (TrainConfig, InferenceConfig) for item in fields(k)],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
 def test_a_bad_value_is_refused_by_name(kind, name):
     wrong = {}
     for value in not_its_type(kind.__dataclass_fields__[name]) + out_of_range(kind, name):
@@ -100,9 +128,10 @@ def test_the_defaults_are_the_contract_s():
 
 
 def test_the_contract_s_options_exist():
-    wanted = """batch_size gradient_accumulation epochs learning_rate weight_decay warmup_epochs min_lr label_smoothing
-        max_length max_text_length gradient_checkpointing use_tensorboard log_dir log_interval val_interval resume_from
-        auto_resume device num_workers max_steps max_grad_norm init_from augment ctc_weight trim_vocabulary train_embedding
+    wanted = """batch_size gradient_accumulation epochs learning_rate weight_decay warmup_epochs min_lr
+        label_smoothing max_length max_text_length gradient_checkpointing use_tensorboard log_dir
+        log_interval val_interval resume_from auto_resume device num_workers max_steps max_grad_norm
+        init_from augment ctc_weight trim_vocabulary train_embedding
         output_dir seed language position_encoding temporal_stride on_bad_clip""".split()
     assert not set(wanted) - set(NAMES), f"missing: {sorted(set(wanted) - set(NAMES))}"
     decoding = {item.name for item in fields(InferenceConfig)}
@@ -118,7 +147,8 @@ def test_from_scratch_no_pretrained_model_is_asked_for_and_the_budget_is_in_step
     """A budget in epochs would shrink with the data; 2,000 steps stay 2,000 steps at a third of it."""
     for kind in (ScratchConfig, DemoConfig):
         config = kind()
-        assert isinstance(config, TrainConfig) and config.mt5_path == "" and config.max_steps > 0, kind.__name__
+        assert isinstance(config, TrainConfig) and config.mt5_path == "" and config.max_steps > 0, (
+            kind.__name__)
         assert config.batch_size * config.gradient_accumulation >= 32, kind.__name__
 
 
@@ -126,15 +156,21 @@ def test_the_demo_differs_from_scratch_only_in_what_it_must():
     base, demo = ScratchConfig(), DemoConfig()
     changed = {name for name in NAMES if getattr(base, name) != getattr(demo, name)}
     assert isinstance(demo, ScratchConfig) and "data_dir" in changed
-    assert changed <= {"data_dir", "max_steps", "epochs", "val_interval"}, f"the demo changes {sorted(changed)}"
+    assert changed <= {"data_dir", "max_steps", "epochs", "val_interval"}, (
+        f"the demo changes {sorted(changed)}")
 
 
 def test_every_option_is_read_somewhere():
-    """The original's gradient_checkpointing, max_text_length and three more were read nowhere: options that lie."""
+    """The original's gradient_checkpointing, max_text_length and three more were read nowhere: they lied."""
     read = set()
     for name in ("datasets_lite.py", "models_lite.py", "train_lite.py"):
         for node in ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8"))):
             owner = node.value if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) else None
-            if isinstance(owner, ast.Name) and owner.id == "config" or isinstance(owner, ast.Attribute) and owner.attr == "config":
+            if (
+                isinstance(owner, ast.Name)
+                and owner.id == "config"
+                or isinstance(owner, ast.Attribute)
+                and owner.attr == "config"
+            ):
                 read.add(node.attr)
     assert not set(NAMES) - read, f"options that nothing reads: {sorted(set(NAMES) - read)}"
