@@ -270,7 +270,7 @@ def test_another_configuration_never_writes_over_a_run(demo, finished, tmp_path,
     assert command(*flags, 2, "--label_smoothing", 0.1) == 0
     assert "corpus-2: this run is finished" in capsys.readouterr().out
     assert command(*flags, 2, "--output_dir", finished) == 1
-    assert "augment: True -> False" in capsys.readouterr().err
+    assert "gradient_accumulation: 2 -> 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("workers", [0, 2])
