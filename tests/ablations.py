@@ -53,7 +53,7 @@ CSL_DAILY = ROOT.parent / "shared" / "data" / "csl_daily_labels" / "labels.train
 BLOCKS = 8  # of the mT5 that is pre-trained here, encoder and decoder each: mT5-small's depth
 VALIDATIONS = 10  # of a run, about
 CURVE = ("step", "train_loss", "dev_loss", "dev_accuracy", "bleu4", "chrf", "exact_match", "shuffled_bleu4",
-         "unique_ratio", "gloss_wer", "clips_per_second")  # what is kept of a validation
+         "shuffled_exact_match", "unique_ratio", "gloss_wer", "clips_per_second")  # what is kept of a validation
 PROOFS = []  # what the patch of this process was seen to do
 
 
@@ -128,8 +128,8 @@ def all_but_encoder(name, mt5):
 def original_front_end(width):
     """Patches: one 3 -> width layer for all joints, two convolutions over time, the mean over joints.
 
-    No adjacency; BatchNorm counts padding. The original's width is 64, beside a d_model of 512; stride, norm and
-    position after it are the reference's.
+    No adjacency; BatchNorm counts padding. The original's width is 64, beside a d_model of 512. Stride, norm
+    and position after it are the reference's.
     """
     def layer(into, out):
         over_time = nn.Conv2d(out, out, (3, 1), padding=(1, 0))
