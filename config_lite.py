@@ -48,7 +48,7 @@ class TrainConfig:
     max_length: int = option(256, "frames a clip at most; longer ones are sampled down evenly")
     max_text_length: int = option(64, "pieces a text at most; longer ones are cut and counted")
     on_bad_clip: Literal["error", "skip"] = option("error", "stop at bad clips, or leave them out")
-    augment: bool = option(False, "vary speed, size, tilt and place of the training clips")
+    augment: bool = option(False, "vary speed, tilt, aspect and noise of the training clips")
     num_workers: int = option(2, "processes that load clips; 0 = in the main process")
 
     # --- model ---
@@ -99,7 +99,8 @@ class TrainConfig:
             _require(self, name, getattr(self, name) >= 1, "at least 1")
         _require(self, "epochs", self.epochs >= 1 or self.max_steps >= 1, "at least 1 where max_steps is 0")
         _require(self, "learning_rate", 0 < self.learning_rate <= 1, "above 0, at most 1")
-        _require(self, "min_lr", self.min_lr <= self.learning_rate, f"at most learning_rate {self.learning_rate}")
+        peak = self.learning_rate
+        _require(self, "min_lr", self.min_lr <= peak, f"at most learning_rate {peak}")
         _require(self, "label_smoothing", self.label_smoothing < 1, "at least 0 and below 1")
         _require(self, "d_model", self.d_model >= 32 and self.d_model % 32 == 0, "a multiple of 32")
         _require(self, "max_length", self.max_length >= self.temporal_stride, "at least temporal_stride")
@@ -116,7 +117,7 @@ class ScratchConfig(TrainConfig):
     max_steps: int = 2500
     val_interval: int = 5
     ctc_weight: float = 0.5
-    augment: bool = True  # real motion, 2,000 steps: sentences 81 -> 91 %, words 93 -> 96 % exact on test takes
+    augment: bool = True
 
 
 @dataclass(slots=True)
@@ -131,7 +132,8 @@ def _check_types(config):
     for item in fields(config):
         value, choices = getattr(config, item.name), getattr(item.type, "__args__", None)
         if choices:
-            _require(config, item.name, value in choices and type(value) is type(choices[0]), "one of " + ", ".join(map(repr, choices)))
+            known = value in choices and type(value) is type(choices[0])
+            _require(config, item.name, known, "one of " + ", ".join(map(repr, choices)))
         elif item.type in (int, float):
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
             _require(config, item.name, number, "a finite number")

@@ -455,7 +455,8 @@ class SignLanguageDataset(Dataset):
     def _load_pose(self, index):
         # from seed, epoch and clip alone, so the same whatever worker draws it
         rng = np.random.default_rng([self.config.seed, self.epoch, index]) if self.phase == "train" else None
-        return read_clip(self.paths[index], self.config, rng)
+        least = self.config.temporal_stride * ctc_positions(self.entries[index]["gloss"])
+        return read_clip(self.paths[index], self.config, rng, least)
 
     def collate_fn(self, batch):
         """Items -> (src_input, tgt_input); attention_mask (B, T): 1 = real frame, 0 = zero padding."""
@@ -474,14 +475,20 @@ def _write(path, text):
     os.replace(aside, path)
 
 
-def read_clip(path, config, rng=None):
+def ctc_positions(target):
+    """Positions that CTC needs for a target: one a gloss, one more between equal neighbours."""
+    return len(target) + sum(a == b for a, b in zip(target, target[1:]))
+
+
+def read_clip(path, config, rng=None, least=1):
     """The one way from a pose file to {body, left, right}: training (with rng), evaluation, one clip.
 
-    Raises DataError or pickle.UnpicklingError, naming the file.
+    Augmentation shortens no clip below `least` frames. Raises DataError or pickle.UnpicklingError, naming
+    the file.
     """
     stored = keypoints, scores = load_pose_file(path)
     if rng is not None and config.augment:
-        keypoints, scores = augment_clip(keypoints, scores, rng)
+        keypoints, scores = augment_clip(keypoints, scores, rng, least)
     frames = sample_frames(len(scores), config.max_length, rng)
     pose = load_part_kp(keypoints[frames], scores[frames])
     if not pose["body"].any():  # the few frames that show a body were not among these: take only such
@@ -494,9 +501,10 @@ def read_clip(path, config, rng=None):
     return pose
 
 
-def augment_clip(keypoints, scores, rng):
+def augment_clip(keypoints, scores, rng, least=1):
     """Another speed (0.8-1.25), tilt (to 10 degrees), aspect (to 10 %), noise (0.3 % of the body)."""
-    count = max(4, round(len(scores) * np.exp(rng.uniform(np.log(0.8), np.log(1.25)))))
+    count = round(len(scores) * np.exp(rng.uniform(np.log(0.8), np.log(1.25))))
+    count = max(4, min(least, len(scores)), count)
     frames = np.linspace(0, len(scores) - 1, count).round().astype(int)
     keypoints, scores = keypoints[frames], scores[frames]
     angle, aspect = np.radians(rng.uniform(-10, 10)), rng.uniform(0.9, 1.1)

@@ -30,7 +30,7 @@ from transformers import MT5Config, MT5ForConditionalGeneration, T5Tokenizer
 from transformers.modeling_outputs import BaseModelOutput
 
 from config_lite import ConfigError, TrainConfig
-from datasets_lite import BODY, LEFT, LEFT_WRIST, RIGHT_WRIST, DataError
+from datasets_lite import BODY, LEFT, LEFT_WRIST, RIGHT_WRIST, DataError, ctc_positions
 
 IGNORE = -100  # label of padding
 BLANK, UNKNOWN_GLOSS = 0, 1  # CTC classes before the glosses
@@ -84,7 +84,7 @@ def train_tokenizer(texts, vocab_size):
     with tempfile.TemporaryDirectory() as folder:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(texts), model_prefix=f"{folder}/spiece", vocab_size=size, minloglevel=2,
-            hard_vocab_limit=False, character_coverage=1.0, byte_fallback=False,
+            hard_vocab_limit=False, character_coverage=1.0, max_sentence_length=2 ** 24,
             normalization_rule_name="nmt_nfkc", pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
         return T5Tokenizer.from_pretrained(folder, extra_ids=0)
 
@@ -214,7 +214,7 @@ class SignLanguageLite(nn.Module):
     def _freeze_mt5_layers(self):
         """Choose what of mT5 trains (review, step 1) and print a line a part. Idempotent."""
         mt5, depth = self.mt5_model, self.config.freeze_decoder_layers
-        # 1) everything trains: poses are not text, so the whole encoder must adapt; head and norms always do
+        # 1) everything trains: poses are not text, so the whole encoder must adapt; head and final norms always
         mt5.requires_grad_(True)
         if self.config.mt5_path:  # from scratch there is no language to keep
             # 2) the first decoder blocks keep their language
@@ -337,7 +337,8 @@ class SignLanguageLite(nn.Module):
             is_table = name in ("mt5_model.shared.weight", "mt5_model.lm_head.weight")
             if is_table and source[name].shape[1] == value.shape[1]:
                 value[mine] = source[name][theirs].to(value)
-            elif name in source and source[name].shape == value.shape:
+            elif name in source and source[name].shape == value.shape and (
+                    other.glosses == self.glosses or not name.startswith("gloss_head")):
                 value.copy_(source[name])
             elif "embed_tokens" not in name:
                 anew.append(name)
@@ -381,11 +382,6 @@ def find_best(path):
         if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
             return folder
     raise DataError(f"{path}: no config.json and model.safetensors there or in best/; name a run's folder")
-
-
-def ctc_positions(target):
-    """Positions that CTC needs for a target: one a gloss, one more between equal neighbours."""
-    return len(target) + sum(a == b for a, b in zip(target, target[1:]))
 
 
 def text_loss(logits, labels, smoothing):

@@ -43,7 +43,7 @@ from config_lite import DEFAULT_DATA_DIR, ConfigError, DemoConfig, InferenceConf
 from datasets_lite import (
     BODY, BODY_EDGES, HAND_EDGES, LEFT, RIGHT, THRESHOLD, DataError, LengthBatchSampler, SignLanguageDataset,
     load_dataset_file, load_pose_file, make_demo_corpus, pad_poses, read_clip)
-from models_lite import SignLanguageLite, ctc_positions, find_best, make_codec
+from models_lite import SignLanguageLite, ctc_positions, find_best, make_codec, mt5_folder
 
 try:
     import fcntl
@@ -156,9 +156,8 @@ def _worker_signals(_):
 # ----------------------------------------------------------------------------------- scores
 
 def _clean(text, language):
-    """What is scored: NFKC (mT5 knows no full-width punctuation), stripped; Chinese without spaces."""
-    text = unicodedata.normalize("NFKC", text).strip()
-    return "".join(text.split()) if language == "zh" else text
+    """What is scored: NFKC (mT5 knows no full-width punctuation), single spaces; Chinese without."""
+    return ("" if language == "zh" else " ").join(unicodedata.normalize("NFKC", text).split())
 
 
 def _cut(text, width=60):
@@ -791,13 +790,21 @@ def print_plan(run, window):
     place.say("configuration: " + ", ".join(f"{k} {v!r}" for k, v in asdict(config).items()))
     place.say("\n".join(data_report(run.data, codec)))
     pieces = [i for e in run.data["dev"].entries for i in codec.tokenizer(e["text"]).input_ids]
-    covered = 100 * sum(codec.row is None or i in codec.row for i in pieces) / len(pieces)
+    known = [i != codec.tokenizer.unk_token_id and (codec.row is None or i in codec.row) for i in pieces]
+    covered = 100 * sum(known) / len(known)
     precision = "fp32" if isinstance(place.autocast(), nullcontext) else "bf16 autocast"
     place.say(f"vocabulary: {len(codec):,} of {len(codec.tokenizer):,} pieces kept; they cover "
               f"{covered:.2f} % of dev's, the rest is spelled by characters\n"
               f"a step: {config.batch_size} clips x {config.gradient_accumulation} accumulated x "
               f"{place.world} processes = {window} clips; {run.total_steps} steps; {place.device}, "
               f"{precision}, {torch.get_num_threads()} threads")
+    if config.ctc_weight and run.model.gloss_head is None:
+        place.say("warning: ctc_weight is set, but labels.train has no glosses: training is gloss-free")
+    if run.inference.max_new_tokens < config.max_text_length:
+        place.say(f"warning: max_new_tokens {run.inference.max_new_tokens} is below max_text_length "
+                  f"{config.max_text_length}: longer outputs are cut")
+    if config.language == "zh" and all(ord(c) < 0x2E80 for e in run.data["dev"].entries for c in e["text"]):
+        place.say("warning: language is zh, but no text has a Chinese character: set --language en or another")
     if window < 32:
         place.say(f"warning: batch_size x gradient_accumulation x processes is {window}; the review: 32")
 
@@ -809,6 +816,10 @@ def train(config, inference, args=None):
         demo_banner(config, place)
     for path in (labels := [Path(config.data_dir, f"labels.{split}") for split in ("dev", "train")]):
         load_dataset_file(path)  # which says what is wrong, before there is a folder
+    if config.mt5_path:
+        mt5_folder(config.mt5_path)  # what is missing is said before the poses are read
+    if config.init_from:
+        find_best(config.init_from)
     run = Run(config, inference, place, labels=f"{zlib.crc32(labels[1].read_bytes()):08x}")
     chosen = [choose_folder(config, run.description(), place.say)] if place.rank == 0 else []
     run.folder, last = place.gather(chosen)[0]
@@ -951,7 +962,7 @@ def check_command(config, inference, args):
         draw_poses(data, args.plot)
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
-    print(f"{len(problems)} errors" if problems else "no errors; next: train_lite.py with the same options")
+    print(f"{len(problems)} errors" if problems else "no errors; next: python train_lite.py, the same options but --plot")
     return 1 if problems else 0
 
 
@@ -1095,7 +1106,7 @@ def parse(argv):
     """-> (command, config, inference, the command's own arguments). Exits with 2 on a bad command line."""
     command, rest = (argv[0], argv[1:]) if argv and argv[0] in COMMANDS else ("train", argv)
     parser, kind = make_parser(command), TrainConfig
-    parser.set_defaults(data_dir=None)  # to see whether it is given
+    parser.set_defaults(data_dir=None, epochs=None, max_steps=None)  # to see whether they are given
     args = parser.parse_args(rest)
     if command in ("evaluate", "translate"):
         defaults = _read_json(find_best(args.run) / "config.json")
@@ -1107,6 +1118,8 @@ def parse(argv):
         elif args.mt5_path == "":
             kind = ScratchConfig
         defaults = {item.name: item.default for item in fields(kind)}
+        if args.epochs and args.max_steps is None:  # who asks for epochs gets epochs
+            defaults["max_steps"] = 0
     ours = [[item.name for item in fields(which)] for which in (TrainConfig, InferenceConfig)]
     parser.set_defaults(**{name: defaults[name] for name in sum(ours, []) if name in defaults})
     args = parser.parse_args(rest)

@@ -53,7 +53,7 @@ CSL_DAILY = ROOT.parent / "shared" / "data" / "csl_daily_labels" / "labels.train
 BLOCKS = 8  # of the mT5 that is pre-trained here, encoder and decoder each: mT5-small's depth
 VALIDATIONS = 10  # of a run, about
 CURVE = ("step", "train_loss", "dev_loss", "dev_accuracy", "bleu4", "chrf", "exact_match", "shuffled_bleu4",
-         "shuffled_exact_match", "unique_ratio", "gloss_wer", "clips_per_second")  # what is kept of a validation
+         "shuffled_exact_match", "unique_ratio", "gloss_wer", "clips_per_second")  # kept of a validation
 PROOFS = []  # what the patch of this process was seen to do
 
 
@@ -636,14 +636,14 @@ def run_job(job):
     """A subprocess of this script on one core -> its result. Raises RuntimeError with the end of its log."""
     log = Path(job["work"]) / "logs" / f"{label(job)}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    job, environment = job | {"out": str(log.with_suffix(".json"))}, os.environ | {"OMP_NUM_THREADS": "1"}
+    out, environment = log.with_suffix(".json"), os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, "--worker", json.dumps(job | {"out": str(out)})]
     with open(log, "w") as file:
-        code = subprocess.run([sys.executable, __file__, "--worker", json.dumps(job)], stdout=file,
-                              stderr=subprocess.STDOUT, env=environment).returncode
+        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
     if code:
         end = "\n".join(log.read_text(encoding="utf-8").splitlines()[-12:])
         raise RuntimeError(f"{label(job)} failed; {log} ends:\n{end}")
-    return json.loads(Path(job["out"]).read_text(encoding="utf-8")) if job["row"] != "pretrain" else None
+    return json.loads(out.read_text(encoding="utf-8")) if job["row"] != "pretrain" else None
 
 
 def make_jobs(args, names):
@@ -665,6 +665,8 @@ def make_jobs(args, names):
 def run_all(jobs, results, args):
     """Run what has no result yet and append each as it ends -> number of failures."""
     todo, failures = [job for job in jobs if identity(job) not in results], 0
+    git = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    stamp = {"commit": git.stdout.strip(), "torch": torch.__version__}
     for mt5, job in {job["mt5"]: job for job in todo if job["mt5"]}.items():
         if not Path(mt5, "model.safetensors").is_file():
             print(f"pre-training {mt5} on text", flush=True)
@@ -672,7 +674,7 @@ def run_all(jobs, results, args):
     with ThreadPoolExecutor(args.jobs) as pool:
         for number, future in enumerate(as_completed([pool.submit(run_job, job) for job in todo]), 1):
             try:
-                result = future.result() | {"date": time.strftime("%Y-%m-%d %H:%M")}
+                result = future.result() | stamp | {"date": time.strftime("%Y-%m-%d %H:%M")}
             except RuntimeError as error:
                 print(error, file=sys.stderr, flush=True)
                 failures += 1
@@ -740,7 +742,7 @@ def parse():
         parser.error("transfer needs --other DIR")
     if args.smoke:
         args.seeds, args.steps, args.results = 1, 4, Path(tempfile.mkdtemp(), "smoke.jsonl")
-    args.steps = args.steps or (DemoConfig if args.corpus == "demo" else ScratchConfig)().max_steps
+    args.steps = args.steps or (DemoConfig if Path(args.corpus).name == "demo" else ScratchConfig)().max_steps
     args.settings = {name: json.loads(value) for name, value in (item.split("=", 1) for item in args.set)}
     args.work = args.results.with_suffix(".work").resolve()
     args.corpus = args.work / "demo" if args.corpus == "demo" else Path(args.corpus).resolve()

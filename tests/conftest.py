@@ -26,6 +26,7 @@ from datasets_lite import SignLanguageDataset, make_demo_corpus
 from models_lite import SignLanguageLite
 
 SHARED = ROOT.parent / "shared" / "data"
+torch.set_num_threads(1)  # for models this small, threads cost more than they bring
 
 
 def shared(name):

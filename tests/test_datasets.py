@@ -16,7 +16,7 @@ import torch
 from conftest import entry, random_clip, scratch_config, shared, write_corpus, write_labels, write_pose
 
 import datasets_lite
-from datasets_lite import (BODY, LEFT, RIGHT, THRESHOLD, DataError, LengthBatchSampler, SignLanguageDataset,
+from datasets_lite import (BODY, LEFT, RIGHT, THRESHOLD, DataError, LengthBatchSampler, SignLanguageDataset, augment_clip,
                            crop_scale, load_dataset_file, load_part_kp, load_pose_file, make_demo_corpus,
                            read_clip)
 
@@ -1272,3 +1272,10 @@ def test_a_demo_that_is_interrupted_leaves_no_half_corpus(tmp_path, monkeypatch)
     assert not (tmp_path / "demo").exists()
     monkeypatch.setattr(datasets_lite.pickle, "dump", original)
     assert make_demo_corpus(tmp_path / "demo", 0, SMALL).is_dir(), "the next try works"
+
+
+def test_augmentation_never_makes_a_clip_too_short_for_its_glosses():
+    """Else CTC would stop a run at whatever epoch draws a fast one."""
+    keypoints, scores = random_clip(10)
+    frames = [len(augment_clip(keypoints, scores, np.random.default_rng(s), least=10)[1]) for s in range(100)]
+    assert min(frames) >= 10 and max(frames) > 10, f"{min(frames)} to {max(frames)} frames"

@@ -118,6 +118,29 @@ def test_a_corpus_of_fifteen_words_is_no_collapse():
     assert train_lite.collapse_warning(scores_of(half, words * 3, "en"), half) == ""
 
 
+def test_evaluation_covers_the_whole_split_and_weighs_tokens(clips):
+    """The original scored about fifty predictions, and averaged the loss over batches, smoothing included."""
+    model, found = scratch_model(clips, label_smoothing=0.1), []
+    for size in (3, len(clips)):
+        loader = train_lite.make_loader(clips, size)
+        metrics, rows = train_lite.evaluate(model, loader, InferenceConfig(max_new_tokens=8))
+        assert [row[0] for row in rows] == list(range(len(clips)))
+        found.append(metrics)
+    with torch.no_grad():
+        singles = [model(*batch_of(clips, [i])) for i in range(len(clips))]
+    nll = sum(float(s.nll) * s.num_tokens for s in singles) / sum(s.num_tokens for s in singles)
+    assert found[0]["dev_loss"] == pytest.approx(found[1]["dev_loss"], rel=1e-5)
+    assert found[0]["dev_loss"] == pytest.approx(nll, rel=1e-5), "the plain nll, whatever the smoothing"
+    assert found[0]["exact_match"] == found[1]["exact_match"]
+
+
+def test_a_loss_worse_than_guessing_is_warned_of(clips, capsys):
+    run = run_of(scratch_model(clips), clips)
+    metrics, rows = train_lite.evaluate(run.model, train_lite.make_loader(clips, 8), InferenceConfig(max_new_tokens=4))
+    train_lite.print_validation(run, metrics | {"epoch": 1, "step": 1, "dev_loss": 99.0}, rows)
+    assert "worse than guessing evenly" in capsys.readouterr().out
+
+
 # ----------------------------------------------------------------------------------- schedule, windows, steps
 
 def test_schedule_warms_up_from_the_first_step_and_ends_at_min_lr(clips):
@@ -340,7 +363,24 @@ def test_a_damaged_checkpoint_is_an_error(demo, finished, tmp_path, capsys):
         assert "not a readable checkpoint" in capsys.readouterr().err
 
 
-def test_last_pt_loads_without_running_code(finished):
+class _Spy:
+    """What a stranger's checkpoint may hold: it touches a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_checkpoint_that_runs_code_is_refused_and_runs_nothing(tmp_path):
+    torch.save({"model": _Spy(tmp_path / "ran")}, tmp_path / "last.pt")
+    with pytest.raises(RunError, match="not a readable checkpoint"):
+        train_lite.load_checkpoint(tmp_path / "last.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_last_pt_holds_plain_data_only(finished):
     state = torch.load(finished / "last.pt", weights_only=True)
     assert {"model", "optimizer", "scheduler", "epoch", "batch", "window", "history", "config", "tokenizer"} <= state.keys()
 
@@ -351,7 +391,7 @@ def test_two_processes_train_like_one(demo, tmp_path):
     steps = [4, "--batch_size", 4]
     assert tiny_run(demo, one, *steps, "--gradient_accumulation", 4) == 0
     flags = ["--data_dir", demo, "--output_dir", two, *TINY, *steps, "--gradient_accumulation", 2]
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29511",
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
                            str(ROOT / "train_lite.py"), *map(str, flags)], capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())})
     assert done.returncode == 0, done.stderr[-3000:]
@@ -453,7 +493,7 @@ def test_bad_settings_are_one_clear_line(flags, code, words, demo, tmp_path, cap
     error = capsys.readouterr().err
     assert words in error and "Traceback" not in error, error
     assert code == 2 or len(error.splitlines()) == 1, error
-    assert not list(tmp_path.rglob("*.pt"))
+    assert not (tmp_path / "run").exists(), "nothing half-written"
 
 
 def test_a_folder_without_dev_is_refused(demo, tmp_path, capsys):
@@ -508,6 +548,13 @@ def test_old_flags_do_what_they_did(demo):
     _, config, _, _ = train_lite.parse(["--data_dir", str(demo), "--lr", "0.001", "--epochs", "3", "--no-resume",
                                         "--no-tensorboard"])
     assert (config.learning_rate, config.epochs, config.auto_resume, config.use_tensorboard) == (0.001, 3, False, False)
+
+
+def test_who_asks_for_epochs_gets_epochs(demo):
+    """ScratchConfig has a budget in steps, which must not silently win."""
+    flags = ["--mt5_path=", "--data_dir", str(demo), "--epochs", "3"]
+    assert train_lite.parse(flags)[1].max_steps == 0
+    assert train_lite.parse(flags + ["--max_steps", "7"])[1].max_steps == 7
 
 
 def test_the_command_line_picks_the_right_configuration(demo, tmp_path, monkeypatch):
