@@ -719,7 +719,7 @@ def test_a_piece_that_was_cut_is_spelled(mt5_folder):
     model = pretrained_model(mt5_folder, texts)
     pieces, known = model.mt5_tokenizer.get_vocab(), set(model.codec.keep)
     cut = [piece for piece, i in pieces.items() if i not in known and len(piece) == 2 and piece[0] != "▁"
-           and all(pieces.get(c) in known for c in piece) and all("一" <= c <= "鿿" for c in piece)][:20]
+           and all("一" <= character <= "鿿" and character in pieces for character in piece)][:20]
     assert cut, "the vocabulary has no two-character piece that was cut: the test needs another text"
     for word in cut:
         rows = model.codec.ids(word)
