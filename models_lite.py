@@ -214,7 +214,7 @@ class SignLanguageLite(nn.Module):
     def _freeze_mt5_layers(self):
         """Choose what of mT5 trains (review, step 1) and print a line a part. Idempotent."""
         mt5, depth = self.mt5_model, self.config.freeze_decoder_layers
-        # 1) everything trains: poses are not text, so the whole encoder must adapt; head and final norms always
+        # 1) everything trains: poses are not text, so the encoder must adapt; head and final norms always
         mt5.requires_grad_(True)
         if self.config.mt5_path:  # from scratch there is no language to keep
             # 2) the first decoder blocks keep their language

@@ -804,7 +804,7 @@ def print_plan(run, window):
         place.say(f"warning: max_new_tokens {run.inference.max_new_tokens} is below max_text_length "
                   f"{config.max_text_length}: longer outputs are cut")
     if config.language == "zh" and all(ord(c) < 0x2E80 for e in run.data["dev"].entries for c in e["text"]):
-        place.say("warning: language is zh, but no text has a Chinese character: set --language en or another")
+        place.say("warning: language is zh, but no text has a Chinese character: set --language")
     if window < 32:
         place.say(f"warning: batch_size x gradient_accumulation x processes is {window}; the review: 32")
 
@@ -962,7 +962,7 @@ def check_command(config, inference, args):
         draw_poses(data, args.plot)
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
-    print(f"{len(problems)} errors" if problems else "no errors; next: python train_lite.py, the same options but --plot")
+    print(f"{len(problems)} errors" if problems else "no errors; next: python train_lite.py, same options")
     return 1 if problems else 0
 
 
