@@ -114,7 +114,7 @@ class ScratchConfig(TrainConfig):
     learning_rate: float = 1e-3
     batch_size: int = 32
     gradient_accumulation: int = 1
-    max_steps: int = 1600
+    max_steps: int = 2500
     val_interval: int = 5
     ctc_weight: float = 0.5
     augment: bool = True
