@@ -33,6 +33,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from sacrebleu.metrics import BLEU, CHRF
+from sacrebleu.significance import _bootstrap_resample
 from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -1040,8 +1041,10 @@ def bootstrap(predictions, references, language, samples=1000):
     means = np.random.default_rng(0).choice(right, (samples, len(right))).mean(1)
     intervals = {"exact_match": np.percentile(means, [2.5, 97.5])}
     for key, metric in (("bleu4", BLEU(tokenize="zh" if language == "zh" else "13a")), ("chrf", CHRF())):
-        score = metric.corpus_score(predictions, [references], n_bootstrap=samples)
-        intervals[key] = score._mean - score._ci, score._mean + score._ci
+        # corpus_score(n_bootstrap=...) itself fails on chrF where a resample has no match at all
+        statistics = metric._extract_corpus_statistics(predictions, [references])
+        scores = _bootstrap_resample(statistics, metric, n_samples=samples)[1]
+        intervals[key] = np.percentile([float(score.score) for score in scores], [2.5, 97.5])
     return {key: f" [{low:.2f}, {high:.2f}]" for key, (low, high) in intervals.items()}
 
 

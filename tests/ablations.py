@@ -636,10 +636,11 @@ def run_job(job):
     """A subprocess of this script on one core -> its result. Raises RuntimeError with the end of its log."""
     log = Path(job["work"]) / "logs" / f"{label(job)}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    out, environment = log.with_suffix(".json"), os.environ | {"OMP_NUM_THREADS": "1"}
+    threads, out = "2" if job["row"] == "pretrain" else "1", log.with_suffix(".json")  # it runs alone
     command = [sys.executable, __file__, "--worker", json.dumps(job | {"out": str(out)})]
     with open(log, "w") as file:
-        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
+        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT,
+                              env=os.environ | {"OMP_NUM_THREADS": threads}).returncode
     if code:
         end = "\n".join(log.read_text(encoding="utf-8").splitlines()[-12:])
         raise RuntimeError(f"{label(job)} failed; {log} ends:\n{end}")
@@ -665,8 +666,9 @@ def make_jobs(args, names):
 def run_all(jobs, results, args):
     """Run what has no result yet and append each as it ends -> number of failures."""
     todo, failures = [job for job in jobs if identity(job) not in results], 0
-    git = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
-    stamp = {"commit": git.stdout.strip(), "torch": torch.__version__}
+    command = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    stamp = {"commit": commit, "torch": torch.__version__}
     for mt5, job in {job["mt5"]: job for job in todo if job["mt5"]}.items():
         if not Path(mt5, "model.safetensors").is_file():
             print(f"pre-training {mt5} on text", flush=True)

@@ -94,6 +94,12 @@ def test_exchanged_clips_never_keep_their_text():
     assert train_lite.exchange(["a", "a", "a", "b"])  # where one text has most clips, some must keep it
 
 
+def test_intervals_of_a_weak_model_do_not_fail():
+    """Some resamples hold no match at all, which sacrebleu's own mean cannot take."""
+    found = train_lite.bootstrap(["a b"] + ["zz"] * 15, ["a c"] + ["yes no"] * 15, "en")
+    assert found.keys() == {"exact_match", "bleu4", "chrf"} and found["exact_match"] == " [0.00, 0.00]", found
+
+
 def test_edit_distance_counts_each_kind_of_error():
     assert train_lite.edit_distance(["a", "x", "c", "d"], ["a", "b", "c"]) == 2
     assert train_lite.edit_distance([], ["a", "b"]) == 2
