@@ -165,6 +165,14 @@ def test_schedule_warms_up_from_the_first_step_and_ends_at_min_lr(clips):
     assert rates[49] == pytest.approx(1e-5)
 
 
+def test_the_loop_steps_the_schedule_at_every_optimiser_step(clips):
+    """Not once an epoch, as the original did: what each step ran at, seen from inside the loop."""
+    run, rates = run_of(scratch_model(clips).train(), clips, batch_size=8), []
+    run.optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    train_lite.train_epoch(run)
+    assert len(rates) == 5 and rates == sorted(set(rates), reverse=True), rates
+
+
 def test_norms_and_biases_do_not_decay(clips):
     model = scratch_model(clips)
     optimizer, _ = train_lite.make_optimizer(model, TrainConfig(), 10, 5)
@@ -394,7 +402,8 @@ def test_last_pt_holds_plain_data_only(finished):
 def test_two_processes_train_like_one(demo, tmp_path):
     """Two gloo processes and one with the same windows: parameters within 1e-5, metrics equal."""
     one, two = tmp_path / "one", tmp_path / "two"
-    steps = [4, "--batch_size", 4]
+    # without clipping, which would hide a gradient of the wrong scale
+    steps = [4, "--batch_size", 4, "--max_grad_norm", 0]
     assert tiny_run(demo, one, *steps, "--gradient_accumulation", 4) == 0
     flags = ["--data_dir", demo, "--output_dir", two, *TINY, *steps, "--gradient_accumulation", 2]
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
@@ -405,6 +414,7 @@ def test_two_processes_train_like_one(demo, tmp_path):
     read = [json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1]) for folder in (one, two)]
     for key in ("bleu4", "chrf", "exact_match", "dev_accuracy", "shuffled_bleu4", "unique_ratio"):
         assert read[0][key] == read[1][key], key
+    assert read[0]["train_loss"] == pytest.approx(read[1]["train_loss"], rel=1e-5), "tokens of all processes"
 
 
 # ----------------------------------------------------------------------------------- the other commands
