@@ -12,20 +12,16 @@ from typing import Literal
 DEFAULT_DATA_DIR = "data/CSL_Daily_lite"
 DEMO_DATA_DIR = "data/demo"
 
-
 class ConfigError(ValueError):
     """A setting is out of range or contradicts another; the message names field, value and what would do."""
-
 
 def option(default, help, **metadata):
     """A dataclass field whose help text also serves `--help`; `aliases` are the original scripts' flags."""
     return field(default=default, metadata={"help": help, **metadata})
 
-
 @dataclass(slots=True)
 class InferenceConfig:
     """How text is decoded; every field is an argument of `SignLanguageLite.generate`."""
-
     num_beams: int = option(1, "beams; 1 = greedy")
     max_new_tokens: int = option(64, "longest output, in pieces")
     length_penalty: float = option(1.0, "above 0 favours longer outputs; read with beams only")
@@ -37,11 +33,9 @@ class InferenceConfig:
         _require(self, "max_new_tokens", self.max_new_tokens >= 1, "at least 1")
         _require(self, "no_repeat_ngram_size", self.no_repeat_ngram_size >= 0, "0 (off) or more")
 
-
 @dataclass(slots=True)
 class TrainConfig:
     """Fine-tuning a pretrained mT5. Raises ConfigError naming field, value and range."""
-
     # --- data ---
     data_dir: str = option(DEFAULT_DATA_DIR, "holds labels.train, labels.dev, labels.test, pose_format/")
     language: str = option("zh", "of the texts: zh is scored by character, others by word")
@@ -105,28 +99,23 @@ class TrainConfig:
         _require(self, "d_model", self.d_model >= 32 and self.d_model % 32 == 0, "a multiple of 32")
         _require(self, "max_length", self.max_length >= self.temporal_stride, "at least temporal_stride")
 
-
 @dataclass(slots=True)
 class ScratchConfig(TrainConfig):
     """A small mT5 from scratch: no language to keep, so a high rate, a budget in steps, and glosses."""
-
     mt5_path: str = ""
     learning_rate: float = 1e-3
     batch_size: int = 32
     gradient_accumulation: int = 1
-    max_steps: int = 2500
+    max_steps: int = 2000
     val_interval: int = 5
     ctc_weight: float = 0.5
     augment: bool = True
 
-
 @dataclass(slots=True)
 class DemoConfig(ScratchConfig):
     """The built-in corpus, in under five minutes on two cores."""
-
     data_dir: str = DEMO_DATA_DIR
     max_steps: int = 800
-
 
 def _check_types(config):
     for item in fields(config):
@@ -141,7 +130,6 @@ def _check_types(config):
             _require(config, item.name, value >= 0 or item.name == "length_penalty", "not negative")
         else:
             _require(config, item.name, isinstance(value, item.type), f"a {item.type.__name__}")
-
 
 def _require(config, name, holds, wanted):
     if not holds:

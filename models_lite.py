@@ -16,8 +16,9 @@ import re
 import tempfile
 import unicodedata
 from collections import Counter
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import sentencepiece
 import torch
@@ -36,29 +37,29 @@ IGNORE = -100  # label of padding
 BLANK, UNKNOWN_GLOSS = 0, 1  # CTC classes before the glosses
 SENTINEL = re.compile(r"▁?<extra_id_\d+>")  # what mT5 was pre-trained to emit between pieces of text
 
-
 # ----------------------------------------------------------------------------------------------- text <-> ids
 class TextCodec:
     """Texts <-> label ids, which are rows of the model's tables; keep: the tokeniser's ids that have a row,
-    ascending, None = all of them. Nowhere else are the two kinds of ids mapped."""
+    ascending; none given = all. Nowhere else are the two kinds of ids mapped."""
     def __init__(self, tokenizer, max_text_length, keep=None):
-        self.tokenizer, self.max_text_length, self.keep = tokenizer, max_text_length, keep
-        self.row = {piece_id: row for row, piece_id in enumerate(keep)} if keep else None
-        self.unknown = self.row[tokenizer.unk_token_id] if keep else tokenizer.unk_token_id
+        self.tokenizer, self.max_text_length = tokenizer, max_text_length
+        self.keep = keep or list(range(len(tokenizer)))
+        self.row = {piece_id: row for row, piece_id in enumerate(self.keep)}
+        self.unknown = self.row[tokenizer.unk_token_id]
 
     def __len__(self):
-        return len(self.keep or self.tokenizer)
+        return len(self.keep)
 
     def ids(self, text):
-        """Rows for one text, end of sentence included, not cut."""
-        ids = self.tokenizer(text).input_ids
-        return [row for piece_id in ids for row in self._spell(piece_id)] if self.row else ids
-
-    def _spell(self, piece_id):
-        """A kept piece is its row; a cut one is spelled by its characters, '▁' among them."""
-        characters = list(self.tokenizer.convert_ids_to_tokens(piece_id))
-        ids = [piece_id] if piece_id in self.row else self.tokenizer.convert_tokens_to_ids(characters)
-        return [self.row.get(i, self.unknown) for i in ids]
+        """Rows for one text, end of sentence included, not cut; a piece that was cut off is spelled."""
+        rows, tokenizer = [], self.tokenizer
+        for piece_id in tokenizer(text).input_ids:
+            if piece_id in self.row:
+                rows.append(self.row[piece_id])
+            else:  # by its characters, '▁' among them
+                spelled = tokenizer.convert_tokens_to_ids(list(tokenizer.convert_ids_to_tokens(piece_id)))
+                rows += [self.row.get(i, self.unknown) for i in spelled]
+        return rows
 
     def encode(self, texts):
         """Texts -> labels (B, L), cut at max_text_length with the end of sentence kept, padded with -100."""
@@ -68,13 +69,12 @@ class TextCodec:
 
     def decode(self, rows):
         """Rows (B, L) -> texts without special pieces."""
-        ids = [[self.keep[r] for r in row] if self.keep else row for row in rows.tolist()]
+        ids = [[self.keep[r] for r in row] for row in rows.tolist()]
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     def pieces(self):
         """The string of each row."""
-        return self.tokenizer.convert_ids_to_tokens(self.keep or list(range(len(self.tokenizer))))
-
+        return self.tokenizer.convert_ids_to_tokens(self.keep)
 
 def train_tokenizer(texts, vocab_size):
     """A SentencePiece vocabulary learnt on these texts, normalised as mT5's: every character is a piece, and
@@ -88,7 +88,6 @@ def train_tokenizer(texts, vocab_size):
             normalization_rule_name="nmt_nfkc", pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
         return T5Tokenizer.from_pretrained(folder, extra_ids=0)
 
-
 def pieces_to_keep(tokenizer, texts=None):
     """The tokeniser's ids, ascending, that these texts, or others in their scripts, can need; no texts = all:
     pad, end, unknown, what the texts use, bytes, and the scripts' single characters, which spell what is cut;
@@ -97,7 +96,7 @@ def pieces_to_keep(tokenizer, texts=None):
     if not texts:
         return sorted(usable.values())
     keep = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
-    keep.update(piece_id for ids in tokenizer(list(texts)).input_ids for piece_id in ids)
+    keep = keep.union(*tokenizer(list(texts)).input_ids)
     scripts = {_script(character) for character in set(unicodedata.normalize("NFKC", "".join(texts)))}
     for piece, piece_id in usable.items():
         bare = piece.removeprefix("▁")
@@ -105,32 +104,24 @@ def pieces_to_keep(tokenizer, texts=None):
             keep.add(piece_id)
     return sorted(keep.intersection(usable.values()))
 
-
 def _script(character):
     """LATIN, CJK, ... for letters; the block of 256 code points for digits, punctuation and signs."""
     return unicodedata.name(character, "?").split()[0] if character.isalpha() else ord(character) >> 8
 
-
 # -------------------------------------------------------------------------------------------------- front-end
 class SinusoidalPositionalEncoding(nn.Module):
-    """Adds Vaswani et al.'s fixed sinusoids to x (B, T', d_model); T' may be at most max_length."""
-    def __init__(self, d_model, max_length):
+    """Adds Vaswani et al.'s sinusoids to x (B, T', d_model), or vectors that are learnt; T' <= max_length."""
+    def __init__(self, d_model, max_length, learned=False):
         super().__init__()
         position = torch.arange(max_length)[:, None]
         rate = torch.exp(torch.arange(0, d_model, 2) * (-math.log(10000.0) / d_model))
         table = torch.stack([torch.sin(position * rate), torch.cos(position * rate)], dim=-1).flatten(1)
         self.register_buffer("table", table, persistent=False)
+        if learned:
+            self.table = nn.Parameter(0.02 * torch.randn_like(table))
 
     def forward(self, x):
         return x + self.table[:x.shape[1]]
-
-
-class LearnedPositionalEncoding(SinusoidalPositionalEncoding):
-    """The same with one learnt vector a position."""
-    def __init__(self, d_model, max_length):
-        super().__init__(d_model, max_length)
-        self.table = nn.Parameter(0.02 * torch.randn(max_length, d_model))
-
 
 class TemporalBlock(nn.Module):
     """x + convolution over 5 frames of norm(x); what the convolution reads beyond a clip's end is zero."""
@@ -144,7 +135,6 @@ class TemporalBlock(nn.Module):
         h = (self.norm(x) * mask).transpose(1, 2)
         return x + self.dropout(self.linear(F.gelu(self.conv(h).transpose(1, 2))))
 
-
 def part_features(part):
     """(B, T, V, 3) -> (B, T, 5 V): x, y, confidence and velocity, joint by joint. A velocity stands only
     where the joint was seen in this frame and in the one before: it never jumps a gap."""
@@ -152,7 +142,6 @@ def part_features(part):
     seen, velocity = confidence > 0, torch.zeros_like(xy)
     velocity[:, 1:] = (xy[:, 1:] - xy[:, :-1]) * (seen[:, 1:] & seen[:, :-1])
     return torch.cat([xy, confidence, velocity], dim=-1).flatten(2)
-
 
 def hand_features(hand, wrist, mirror):
     """hand (B, T, 21, 3), the body's wrist (B, T, 3) -> (B, T, 108): the shape, then its place. A shape is
@@ -165,18 +154,7 @@ def hand_features(hand, wrist, mirror):
     flip = hand.new_tensor([-1.0 if mirror else 1.0, 1.0, 1.0])
     return torch.cat([part_features(hand * scale * flip), wrist * flip], dim=-1)
 
-
 # -------------------------------------------------------------------------------------------------- the model
-@dataclass
-class LiteOutput:
-    """loss is differentiated, per target token; nll is the plain one, detached; gloss is what CTC reads."""
-    loss: torch.Tensor
-    nll: torch.Tensor
-    num_tokens: int
-    num_correct: int
-    gloss: list | None = None
-
-
 class SignLanguageLite(nn.Module):
     """Pose keypoints -> front-end -> mT5 -> text. texts and glosses (a list a clip) are the training data's:
     the one makes the vocabulary from scratch and trims a pretrained one, the other sizes the CTC head. Raises
@@ -187,6 +165,8 @@ class SignLanguageLite(nn.Module):
         self.codec = make_codec(config, texts, saved)
         self.mt5_tokenizer, self.mt5_model = self.codec.tokenizer, _build_mt5(config, self.codec, saved)
         d_model = self.mt5_model.config.d_model
+        lengths = [min(len(self.codec.ids(text)), config.max_text_length) for text in texts or []]
+        self.longest_text = saved["longest_text"] if saved else max(lengths, default=config.max_text_length)
         words = (w for g in glosses or [] for w in ([g] if isinstance(g, str) else g))
         self.glosses = saved["glosses"] if saved else sorted(set(words)) if config.ctc_weight else []
         self.pose_embed = nn.ModuleDict({"body": nn.Linear(5 * len(BODY), d_model),
@@ -195,9 +175,9 @@ class SignLanguageLite(nn.Module):
         self.temporal = nn.ModuleList([TemporalBlock(d_model), TemporalBlock(d_model)])
         self.proj = nn.Linear(config.temporal_stride * d_model, d_model)
         self.layer_norm = nn.LayerNorm(d_model)
-        position = {"sinusoidal": SinusoidalPositionalEncoding, "learned": LearnedPositionalEncoding,
-                    "none": nn.Identity}[config.position_encoding]
-        self.position = position(d_model, math.ceil(config.max_length / config.temporal_stride))
+        positions, kind = math.ceil(config.max_length / config.temporal_stride), config.position_encoding
+        self.position = (nn.Identity() if kind == "none" else
+                         SinusoidalPositionalEncoding(d_model, positions, learned=kind == "learned"))
         self.gloss_head = nn.Linear(d_model, 2 + len(self.glosses)) if self.glosses else None
         self._init_weights()
         if config.gradient_checkpointing:
@@ -223,18 +203,14 @@ class SignLanguageLite(nn.Module):
             mt5.shared.requires_grad_(self.config.train_embedding)
             if depth > (blocks := len(mt5.decoder.block)):
                 print(f"warning: freeze_decoder_layers is {depth}: all {blocks} decoder blocks are frozen")
-        print(self.parameter_report(), flush=True)
-
-    def parameter_report(self):
-        """A line a part: name, parameters, trainable ones."""
         names = dict(shared="piece table", encoder="mT5 encoder", decoder="mT5 decoder", lm_head="head")
         total, trainable = Counter(), Counter()
         for name, p in self.named_parameters():
             for part in ("all", names[name.split(".")[1]] if "mt5_model" in name else "front-end"):
                 total[part] += p.numel()
                 trainable[part] += p.numel() * p.requires_grad
-        return "\n".join(f"  {part:12} {total[part]:>13,} parameters, {trainable[part]:>13,} trainable"
-                         for part in ("front-end", *names.values(), "all"))
+        print("\n".join(f"  {part:12} {total[part]:>13,} parameters, {trainable[part]:>13,} trainable"
+                        for part in ("front-end", *names.values(), "all")), flush=True)
 
     def encode_pose(self, src_input):
         """-> embeddings (B, T', d_model), mask (B, T'). Raises ValueError beyond max_length frames."""
@@ -260,7 +236,8 @@ class SignLanguageLite(nn.Module):
         return self.mt5_model.encoder(inputs_embeds=embeddings, attention_mask=mask).last_hidden_state, mask
 
     def forward(self, src_input, tgt_input):
-        """One batch -> LiteOutput. Without labels they are made of gt_sentence; CTC reads gt_gloss."""
+        """One batch -> loss (differentiated, per target token), nll (the plain one, detached), num_tokens,
+        num_correct, gloss (what CTC reads). Absent labels are made of gt_sentence; CTC reads gt_gloss."""
         hidden, mask = self._encode(src_input)
         labels = tgt_input.get("labels")
         labels = (self.codec.encode(tgt_input["gt_sentence"]) if labels is None else labels).to(hidden.device)
@@ -275,7 +252,8 @@ class SignLanguageLite(nn.Module):
                 loss = loss + self.config.ctc_weight * self._ctc_loss(scores, mask, src_input, tgt_input)
             else:
                 gloss = self._read_gloss(scores, mask)
-        return LiteOutput(loss / tokens, nll / tokens, tokens, int(correct), gloss)
+        return SimpleNamespace(loss=loss / tokens, nll=nll / tokens, num_tokens=tokens,
+                               num_correct=int(correct), gloss=gloss)
 
     def _ctc_loss(self, scores, mask, src_input, tgt_input):
         """scores (B, T', classes) -> negative log-likelihood, summed over the clips that have glosses. Raises
@@ -289,8 +267,8 @@ class SignLanguageLite(nn.Module):
         sizes = lengths.new_tensor([len(target) for target in targets])
         for i, target, length in zip(rows, targets, lengths.tolist()):
             if length < ctc_positions(target):
-                raise DataError(f"clip {src_input.get('names', range(len(mask)))[i]}: {length} positions of "
-                                f"{self.config.temporal_stride} frames, but its {len(target)} glosses need "
+                name = src_input.get("names", range(len(mask)))[i]
+                raise DataError(f"clip {name}: {length} positions, but its {len(target)} glosses need "
                                 f"{ctc_positions(target)}: remove it; or temporal_stride 1; or ctc_weight 0")
         return F.ctc_loss(scores[rows].transpose(0, 1), sizes.new_tensor(sum(targets, [])), lengths, sizes,
                           blank=BLANK, reduction="sum")
@@ -303,18 +281,19 @@ class SignLanguageLite(nn.Module):
 
     @torch.no_grad()
     def generate(self, src_input, num_beams=1, max_new_tokens=64, length_penalty=1.0, no_repeat_ngram_size=0):
-        """-> list of B texts; the encoder runs once, decoding keeps its keys and values."""
+        """-> list of B texts; the encoder runs once, decoding keeps its keys and values. No text grows beyond
+        5/4 of the longest training text: a word repeated without end would spoil a whole split's BLEU."""
         hidden, mask = self._encode(src_input)
         beams = {"length_penalty": length_penalty} if num_beams > 1 else {}
         rows = self.mt5_model.generate(
-            encoder_outputs=BaseModelOutput(hidden), attention_mask=mask, max_new_tokens=max_new_tokens,
+            encoder_outputs=BaseModelOutput(hidden), attention_mask=mask,
+            max_new_tokens=min(max_new_tokens, self.longest_text * 5 // 4 + 1),
             num_beams=num_beams, do_sample=False, no_repeat_ngram_size=no_repeat_ngram_size, **beams)
         return self.codec.decode(rows)
 
     def state_to_save(self):
         """Parameters by name, on the CPU, each table once."""
-        state = self.state_dict()
-        return {n: p.detach().cpu().contiguous() for n, p in state.items() if "embed_tokens" not in n}
+        return {n: p.cpu().contiguous() for n, p in self.state_dict().items() if "embed_tokens" not in n}
 
     def load_saved(self, state):
         """Load what `state_to_save` gave. Raises DataError where names or shapes differ or a head is tied."""
@@ -323,9 +302,8 @@ class SignLanguageLite(nn.Module):
         if wrong:
             raise DataError(f"the saved weights do not fit this configuration, first at {min(wrong)}")
         self.load_state_dict(state, strict=False)
-        _check_tables(self.mt5_model)
-        if not torch.equal(self.mt5_model.lm_head.weight.cpu(), state["mt5_model.lm_head.weight"].cpu()):
-            raise DataError("the head was overwritten while loading: it must not be tied to the piece table")
+        if not torch.equal(self.mt5_model.shared.weight.cpu(), state["mt5_model.shared.weight"].cpu()):
+            raise DataError("the piece table was overwritten while loading: the head must not be tied to it")
 
     def init_from(self, folder):
         """Start from another run: same-shaped layers are copied, pieces that both know keep their rows."""
@@ -348,32 +326,27 @@ class SignLanguageLite(nn.Module):
     def description(self):
         """What rebuilding needs beside weights and tokeniser, as plain data."""
         return {"mt5_config": self.mt5_model.config.to_diff_dict(), "keep_pieces": self.codec.keep,
-                "glosses": self.glosses}
+                "glosses": self.glosses, "longest_text": self.longest_text}
 
     def save_pretrained(self, folder, **more):
         """Write a folder that `from_pretrained` reads; `more` goes into its config.json, too."""
-        folder, content = Path(folder), asdict(self.config) | more | {"model": self.description()}
-        folder.mkdir(parents=True, exist_ok=True)
+        content = asdict(self.config) | more | {"model": self.description()}
         self.mt5_tokenizer.save_pretrained(folder)
-        (folder / "config.json").write_bytes(json.dumps(content, ensure_ascii=False, indent=1).encode())
-        save_file(self.state_to_save(), folder / "model.safetensors")
+        Path(folder, "config.json").write_bytes(json.dumps(content, ensure_ascii=False, indent=1).encode())
+        save_file(self.state_to_save(), Path(folder, "model.safetensors"))
 
     @classmethod
     def from_pretrained(cls, folder):
         """A run's model, in eval mode, from its folder or best/. Raises DataError naming what is amiss."""
-        path = find_best(folder) / "config.json"
+        folder = find_best(folder)
         try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
-            described = {key: saved["model"][key] for key in ("mt5_config", "keep_pieces", "glosses")}
-            path = path.with_name("model.safetensors")
-            state = load_file(path)
+            content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            config = {item.name: content[item.name] for item in fields(TrainConfig) if item.name in content}
+            model = cls(TrainConfig(**config), saved=content["model"] | {"folder": folder})
+            model.load_saved(load_file(folder / "model.safetensors"))
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise DataError(f"{path}: damaged ({type(error).__name__}: {error}); copy it anew") from error
-        config = {item.name: saved[item.name] for item in fields(TrainConfig) if item.name in saved}
-        model = cls(TrainConfig(**config), saved=described | {"folder": path.parent})
-        model.load_saved(state)
+            raise DataError(f"{folder}: damaged ({type(error).__name__}: {error}); copy it anew") from error
         return model.eval()
-
 
 def find_best(path):
     """A run's folder, or its best/ -> the folder with the model; best.old where a crash left only that.
@@ -383,7 +356,6 @@ def find_best(path):
             return folder
     raise DataError(f"{path}: no config.json and model.safetensors there or in best/; name a run's folder")
 
-
 def text_loss(logits, labels, smoothing):
     """logits (B, L, pieces) float32, labels (B, L) -> sums over real labels: loss, plain nll, correct."""
     flat, target = logits.flatten(0, 1), labels.flatten()
@@ -392,52 +364,43 @@ def text_loss(logits, labels, smoothing):
         loss = F.cross_entropy(flat, target, ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing)
     return loss, nll.detach(), (flat.argmax(-1) == target).sum()
 
-
 # ---------------------------------------------------------------------------------------------- mT5 both ways
 def make_codec(config, texts, saved=None):
     """A model's TextCodec: as it was saved, of a pretrained mT5, or learnt on texts. Raises ConfigError."""
-    keep = saved["keep_pieces"] if saved else None
     if saved:
-        tokenizer = T5Tokenizer.from_pretrained(saved["folder"], extra_ids=0)
+        tokenizer, keep = T5Tokenizer.from_pretrained(saved["folder"], extra_ids=0), saved["keep_pieces"]
     elif config.mt5_path:
         tokenizer = _read_mt5(T5Tokenizer, config.mt5_path, extra_ids=0)
         keep = pieces_to_keep(tokenizer, texts if config.trim_vocabulary else None)
     elif texts:
-        tokenizer = train_tokenizer(texts, config.vocab_size)
+        tokenizer, keep = train_tokenizer(texts, config.vocab_size), None
     else:
         raise ConfigError("mt5_path is '', so the vocabulary is learnt from the training texts: give them to "
                           "SignLanguageLite (texts=[...]), or set mt5_path")
     return TextCodec(tokenizer, config.max_text_length, keep)
 
-
 def _build_mt5(config, codec, saved):
     """mT5 with its head untied: as it was saved but for the weights, pretrained and cut, or from scratch."""
+    pieces = len(codec.tokenizer)
     if saved:
-        mt5, pieces = MT5ForConditionalGeneration(MT5Config(**saved["mt5_config"])), len(codec.tokenizer)
-        need = codec.keep[-1] + 1 if codec.keep else mt5.config.vocab_size
+        mt5 = _untie(MT5ForConditionalGeneration(MT5Config(**saved["mt5_config"])))
+        need = max(codec.keep[-1] + 1, mt5.config.vocab_size)
         if pieces < need:  # transformers makes up a vocabulary of 3 pieces where the files are missing
-            raise DataError(f"{saved['folder']}: the tokeniser's files hold {pieces} pieces, the model needs "
-                            f"{need}; copy them anew")
-        _untie(mt5)
+            raise DataError(f"the tokeniser's files hold {pieces} pieces, the model needs {need}")
     elif config.mt5_path:
         mt5 = _read_mt5(MT5ForConditionalGeneration, config.mt5_path, dtype=torch.float32)
-        pieces, rows = len(codec.tokenizer), mt5.shared.num_embeddings
-        if mt5.lm_head.weight is mt5.shared.weight:
-            raise ConfigError(f"mt5_path {config.mt5_path}: the head is tied to the piece table: not an mT5")
-        if pieces > rows:
-            raise ConfigError(f"mt5_path {config.mt5_path}: {pieces} pieces, but {rows} rows in its tables")
-        _untie(mt5)
-        _cut_tables(mt5, codec.keep)
+        if mt5.lm_head.weight is mt5.shared.weight or mt5.shared.num_embeddings < pieces:
+            raise ConfigError(f"mt5_path {config.mt5_path}: not an mT5: its head is tied to the piece table, "
+                              f"or that has fewer rows than the {pieces} pieces")
+        _cut_tables(_untie(mt5), codec.keep)
     else:
-        mt5 = MT5ForConditionalGeneration(MT5Config(
-            vocab_size=len(codec), d_model=config.d_model, d_kv=32, num_heads=config.d_model // 32,
+        mt5 = _untie(MT5ForConditionalGeneration(MT5Config(
+            vocab_size=pieces, d_model=config.d_model, d_kv=32, num_heads=config.d_model // 32,
             d_ff=2 * config.d_model, num_layers=config.num_layers, num_decoder_layers=config.num_layers,
-            decoder_start_token_id=codec.tokenizer.pad_token_id))
-        _untie(mt5)
+            decoder_start_token_id=codec.tokenizer.pad_token_id)))
         # mT5 draws its head with deviation 1: logits of deviation sqrt(d_model), a loss of 15, not ln(pieces)
         nn.init.normal_(mt5.lm_head.weight, std=config.d_model ** -0.5)
     return mt5
-
 
 def _read_mt5(kind, path, **options):
     folder = mt5_folder(path)
@@ -446,7 +409,6 @@ def _read_mt5(kind, path, **options):
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"mt5_path {path}: not a readable mT5 ({reason})") from error
-
 
 def mt5_folder(path):
     """mt5_path -> a folder with vocabulary, config and weights, downloaded where it is a hub name. Raises
@@ -459,28 +421,19 @@ def mt5_folder(path):
         except (OSError, ValueError) as error:
             raise ConfigError(f"mt5_path is {path!r}: no such folder, and the hub did not give it "
                               f"({str(error).splitlines()[0]}); {advice}") from error
-    found = sorted(file.name for file in Path(path).iterdir())
-    for names in needed:
-        if not set(found) & set(names):
-            raise ConfigError(f"mt5_path {path}: no {' or '.join(names)} there (found {found[:8]}); {advice}")
+    found = {file.name for file in Path(path).iterdir()}
+    if missing := [" or ".join(names) for names in needed if not found & set(names)]:
+        raise ConfigError(f"mt5_path {path}: no {', no '.join(missing)} there; {advice}")
     return path
 
-
 def _untie(mt5):
-    """mT5's head is its own table; transformers 5 silently ties it to the input's. Part them for good."""
+    """mT5's head is its own table; transformers 5 silently ties it to the input's. Part them -> mt5."""
     mt5.config.tie_word_embeddings = False
     if mt5.lm_head.weight is mt5.shared.weight:
         mt5.lm_head.weight = nn.Parameter(mt5.shared.weight.detach().clone())
     mt5.encoder.set_input_embeddings(mt5.shared)  # an untied model would give each stack a table of its own
     mt5.decoder.set_input_embeddings(mt5.shared)
-    _check_tables(mt5)
-
-
-def _check_tables(mt5):
-    head, table, read = mt5.lm_head.weight, mt5.shared.weight, mt5.decoder.embed_tokens.weight
-    if head is table or head.data_ptr() == table.data_ptr() or read is not table:
-        raise RuntimeError("mT5's head must be apart from its piece table, which the decoder must read")
-
+    return mt5
 
 def _cut_tables(mt5, keep):
     """Keep these rows of both tables."""

@@ -18,7 +18,6 @@ import re
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 import unicodedata
@@ -44,7 +43,7 @@ from config_lite import DEFAULT_DATA_DIR, ConfigError, DemoConfig, InferenceConf
 from datasets_lite import (
     BODY, BODY_EDGES, HAND_EDGES, LEFT, RIGHT, THRESHOLD, DataError, LengthBatchSampler, SignLanguageDataset,
     load_dataset_file, load_pose_file, make_demo_corpus, pad_poses, read_clip)
-from models_lite import SignLanguageLite, ctc_positions, find_best, make_codec, mt5_folder
+from models_lite import SignLanguageLite, find_best, make_codec, mt5_folder
 
 try:
     import fcntl
@@ -58,21 +57,16 @@ EVAL_BATCH = 16  # clips per forward pass of an evaluation, at least
 FREE_FIELDS = {"output_dir", "resume_from", "auto_resume", "num_workers", "device", "log_interval",
                "val_interval", "use_tensorboard", "log_dir", "gradient_checkpointing", "on_bad_clip"}
 
-
 class RunError(RuntimeError):
     """A run cannot start or go on; the message says why and what to do."""
-
 
 class Stopped(Exception):
     """A signal asked the run to stop; args[0] is its number."""
 
-
 # ----------------------------------------------------------------------------------- processes and signals
-
 @dataclass
 class Place:
     """Where this process runs: its rank among `world` processes, and its device."""
-
     rank: int = 0
     world: int = 1
     device: torch.device = torch.device("cpu")
@@ -101,7 +95,6 @@ class Place:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0
         return peak / (1e9 if sys.platform == "darwin" else 1e6)
 
-
 def find_place(config):
     """The device, and the process group where torchrun started this process. Raises ConfigError."""
     names = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0}
@@ -120,10 +113,8 @@ def find_place(config):
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(hours=6))
     return Place(rank, world, device)
 
-
 class Signals:
     """Keeps the first SIGINT, SIGTERM or SIGUSR1 for the loop to see; a second ends the process at once."""
-
     number = 0
 
     def __enter__(self):
@@ -144,7 +135,6 @@ class Signals:
         with suppress(OSError):  # a closed stderr must not break the step that this interrupts
             os.write(2, b"\nstopping after this micro-batch; last.pt is written; once more stops at once\n")
 
-
 def _worker_signals(_):
     """In a loading process: a signal to the whole group (Ctrl-C, Slurm) is the main process's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -153,17 +143,13 @@ def _worker_signals(_):
         # were it to die at once, the main process would fail before it could write last.pt
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
 
-
 # ----------------------------------------------------------------------------------- scores
-
 def _clean(text, language):
     """What is scored: NFKC (mT5 knows no full-width punctuation), single spaces; Chinese without."""
     return ("" if language == "zh" else " ").join(unicodedata.normalize("NFKC", text).split())
 
-
 def _cut(text, width=60):
     return text if len(text) <= width else text[:width - 3] + "..."
-
 
 def edit_distance(found, wanted, replace=1):
     """The fewest insertions, deletions and replacements (at the cost `replace`) between two lists."""
@@ -174,7 +160,6 @@ def edit_distance(found, wanted, replace=1):
             corner, row[j] = row[j], min(corner + replace * (a != b), row[j] + 1, row[j - 1] + 1)
     return row[-1]
 
-
 def _rouge_l(hypothesis, reference, beta=1.2):
     """F-score of the longest common subsequence of two token lists, recall weighted as in captioning."""
     common = (len(hypothesis) + len(reference) - edit_distance(hypothesis, reference, replace=2)) // 2
@@ -183,10 +168,8 @@ def _rouge_l(hypothesis, reference, beta=1.2):
     precision, recall = common / len(hypothesis), common / len(reference)
     return (1 + beta ** 2) * precision * recall / (recall + beta ** 2 * precision)
 
-
 def compute_metrics(predictions, references, language="zh"):
     """Texts -> {bleu1..bleu4, chrf, rouge_l, exact_match, unique_ratio} in percent, and bleu_signature.
-
     Both sides are NFKC-normalised and stripped; "zh" is scored by character and without spaces, others by
     sacrebleu's "13a" words. ROUGE-L is a mean over sentences. Raises ValueError for unequal or zero lengths.
     """
@@ -204,22 +187,15 @@ def compute_metrics(predictions, references, language="zh"):
                       "unique_ratio": 100 * len(set(predictions)) / count,
                       "bleu_signature": str(bleu.get_signature())}
 
-
-def exchange(texts, seed=0):
+def exchange(texts):
     """-> order: clip i is given clip order[i], of another text than its own wherever possible."""
-    clips = {}
-    for i, text in enumerate(texts):
-        clips.setdefault(text, []).append(i)
-    groups = list(clips.values())
-    ranked = [i for g in np.random.default_rng(seed).permutation(len(groups)) for i in groups[g]]
-    shift = max(max(map(len, groups)), len(texts) // 2)  # farther than the clips of any one text reach
+    ranked = sorted(range(len(texts)), key=lambda i: (zlib.crc32(texts[i].encode()), texts[i], i))
+    shift = max(*Counter(texts).values(), len(texts) // 2)  # farther than the clips of any one text reach
     return [other for _, other in sorted(zip(ranked, ranked[shift:] + ranked[:shift]))]
-
 
 @torch.no_grad()
 def evaluate(model, data_loader, inference, place=Place(), constant="", stop=lambda: 0):
     """Score a whole split -> (metrics, rows of (index, name, reference, prediction) in the split's order).
-
     dev_loss is the plain nll per token. A text depends on its clip alone, so scores for exchanged poses,
     shuffled_*, need no second decoding. `constant` is the sentence of the constant_bleu4 baseline.
     Raises Stopped when `stop()` gives a signal's number.
@@ -234,8 +210,7 @@ def evaluate(model, data_loader, inference, place=Place(), constant="", stop=lam
             raise Stopped(stop())
         if not counts:
             continue
-        src_input = to_device(src_input, place.device)
-        with out_of_memory(src_input), place.autocast():
+        with on_device(src_input, place) as src_input, place.autocast():
             output = model(src_input, tgt_input)
             texts = model.generate(src_input, **asdict(inference))
         tokens, gloss = output.num_tokens, output.gloss or [None] * len(texts)
@@ -252,7 +227,6 @@ def evaluate(model, data_loader, inference, place=Place(), constant="", stop=lam
     metrics["decoded_clips_per_second"] = len(rows) / max(time.monotonic() - started, 1e-9)
     return metrics, [row[:4] for row in rows]
 
-
 def _text_scores(predictions, references, language, constant):
     """The metrics beside their baselines: poses exchanged, one constant sentence, the references' variety."""
     metrics = compute_metrics(predictions, references, language)
@@ -261,7 +235,6 @@ def _text_scores(predictions, references, language, constant):
     metrics["constant_bleu4"] = compute_metrics([constant] * len(references), references, language)["bleu4"]
     metrics["reference_unique_ratio"] = compute_metrics(references, references, language)["unique_ratio"]
     return metrics
-
 
 def collapse_warning(metrics, predictions):
     """A sentence where the outputs do not depend on the poses, else "".
@@ -277,11 +250,9 @@ def collapse_warning(metrics, predictions):
             f"{len(predictions)} outputs; chrF {metrics['chrf']:.1f}, with exchanged poses "
             f"{metrics['shuffled_chrf']:.1f})")
 
-
 def _sample(row):
     """(index, name, reference, prediction) for the eye, the prediction under the reference."""
     return f"    {row[1]}\n      reference   {_cut(row[2])}\n      prediction  {_cut(row[3])}"
-
 
 def make_loader(dataset, batch_size, place=Place(), shuffle=False, accumulation=1):
     """A DataLoader over batches of like length; loading and tokenising happen in its processes."""
@@ -292,33 +263,24 @@ def make_loader(dataset, batch_size, place=Place(), shuffle=False, accumulation=
                       num_workers=config.num_workers, worker_init_fn=_worker_signals,
                       generator=torch.Generator(), pin_memory=place.device.type == "cuda")
 
-
-def to_device(src_input, device):
-    """The batch with its tensors on the device."""
-    return {key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
-            for key, value in src_input.items()}
-
-
 @contextmanager
-def out_of_memory(src_input):
-    """Turn an allocation that fails into a RunError which names the batch and what to lower."""
+def on_device(src_input, place):
+    """The batch with its tensors on the device; memory that fails becomes a RunError with what to lower."""
     try:
-        yield
+        yield {key: value.to(place.device, non_blocking=True) if torch.is_tensor(value) else value
+               for key, value in src_input.items()}
     except RuntimeError as error:
         if "out of memory" not in str(error) and "t allocate memory" not in str(error):
             raise
         clips, frames = src_input["attention_mask"].shape
-        raise RunError(
-            f"out of memory at a batch of {clips} clips x {frames} frames ({str(error).splitlines()[0]}). "
-            "What costs least first: halve batch_size and double gradient_accumulation, the same training; "
-            "--gradient_checkpointing true; a lower max_length; --train_embedding false") from error
-
+        raise RunError(f"out of memory at {clips} clips x {frames} frames ({str(error).splitlines()[0]}). "
+                       "What costs least first: half the batch_size and twice the gradient_accumulation, the "
+                       "same training; gradient_checkpointing; a lower max_length; train_embedding false"
+                       ) from error
 
 # ----------------------------------------------------------------------------------- what is written
-
 def write_whole(path, content):
     """Write bytes, or the file or folder that content(path) writes, beside path; flush to disk, then rename.
-
     So path is never half; a crash between a folder's two renames leaves path.old. Raises RunError naming
     path, what was written and the space left.
     """
@@ -341,28 +303,23 @@ def write_whole(path, content):
         raise RunError(f"could not write {path}: {error} (after {size / 1e6:,.1f} MB; {free / 1e6:,.0f}"
                        " MB are free); what stood there before is whole") from error
 
-
 def _to_disk(path):
     if os.name == "posix":  # elsewhere a folder cannot be opened, nor a file be flushed by another handle
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
 
-
 def _remove(path):
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
-
 def _json(content):
     return (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode()
-
 
 def _read_json(path):
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({error})") from error
-
 
 def save_best(run, metrics):
     """Replace best/ as a whole; `models_lite.find_best` reads it, or best.old after a crash."""
@@ -371,26 +328,20 @@ def save_best(run, metrics):
         (folder / "metrics.json").write_bytes(_json(metrics))
     write_whole(run.folder / "best", write)
 
-
 def find_latest_checkpoint(folder):
     """The folder's last.pt, or None."""
-    path = Path(folder) / "last.pt"
-    return path if path.is_file() else None
-
+    return next(Path(folder).glob("last.pt"), None)
 
 def save_checkpoint(path, run):
     """Write last.pt: all that `restore` needs to go on as if nothing had happened, even within a window.
-
     No random state is among it: each micro-batch draws from seed, epoch and number alone (`micro_batch`).
     """
     state = {name: getattr(run, name) for name in KEPT} | {
-        "config": run.description(), "model": run.model.state_to_save(), "tokenizer": run.tokenizer,
-        "model_description": run.model.description(), "optimizer": run.optimizer.state_dict(),
+        "config": run.description(), "model": run.model.state_to_save(), "pieces": run.model.codec.pieces(),
+        "glosses": run.model.glosses, "optimizer": run.optimizer.state_dict(),
         "gradients": {n: p.grad for n, p in run.model.named_parameters() if p.grad is not None},
         "scheduler": run.scheduler.state_dict(), "finished": run.step >= run.total_steps and run.validated}
     write_whole(path, lambda aside: torch.save(state, aside))
-    run.saved_at = time.monotonic()
-
 
 def load_checkpoint(path):
     """last.pt -> its contents, on the CPU. Raises RunError for what is not a checkpoint of this project."""
@@ -398,20 +349,17 @@ def load_checkpoint(path):
     if path.suffix == ".pth":
         raise RunError(f"{path}: a checkpoint of the original scripts, of no use here: its front-end "
                        "averages the joints away, its labels are shifted twice. Start anew, without --resume")
-    if not path.is_file():
-        raise RunError(f"{path}: no such checkpoint; without --resume a run goes on from its own last.pt")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        missing = {"model", "optimizer", "history", "config"} - state.keys()
+    except Exception as error:  # of any kind: the bytes are anybody's
         raise RunError(f"{path}: not a readable checkpoint ({type(error).__name__}: {_cut(str(error))}); "
                        "--auto_resume false starts anew in another folder") from error
-    if not isinstance(state, dict) or not {"model", "optimizer", "history", "config"} <= state.keys():
-        raise RunError(f"{path}: not a last.pt of this project")
+    if missing:
+        raise RunError(f"{path}: not a last.pt of this project, which has {sorted(missing)}, too")
     return state
 
-
 # ----------------------------------------------------------------------------------- which run
-
 def _differences(saved, now):
     """What changed between two runs' descriptions among what shapes the result, as `field: old -> new`."""
     names = now.keys() - FREE_FIELDS - {"epochs", "max_steps"}
@@ -421,7 +369,6 @@ def _differences(saved, now):
         names |= {budget}
     return "; ".join(f"{name}: {saved.get(name)!r} -> {now[name]!r}" for name in sorted(names)
                      if saved.get(name) != now[name])
-
 
 def choose_folder(config, description, say=print):
     """-> (the run's folder, its last.pt or None). What another configuration gave is never written over."""
@@ -437,12 +384,9 @@ def choose_folder(config, description, say=print):
     folder, number = base, 1
     while any((folder / name).exists() for name in ("last.pt", "best", "best.old")):
         if config.auto_resume:
-            last = find_latest_checkpoint(folder)
-            try:
-                saved = _read_json(folder / "config.json")
-                changed = _differences(saved, description) if last else "its last.pt is missing"
-            except DataError as error:
-                changed = str(error)
+            last, changed = find_latest_checkpoint(folder), "its last.pt is missing"
+            if last:
+                changed = _differences(_read_json(folder / "config.json"), description)
             if not changed:
                 return folder, last
             if config.output_dir:
@@ -453,56 +397,38 @@ def choose_folder(config, description, say=print):
         folder = base.with_name(f"{base.name}-{number}")
     return folder, resumed
 
-
 def lock_folder(folder):
     """Hold the folder until this process ends, however it ends. Raises RunError where another holds it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "w")
-    except OSError as error:
-        raise RunError(f"could not write into {folder}: {error}; name another output_dir") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "w")
     try:
         if fcntl:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock would live on in loading processes
-    except (BlockingIOError, PermissionError) as error:
-        raise RunError(f"another process is training in {folder}: name another output_dir") from error
     except OSError as error:
-        print(f"warning: no lock on {folder} ({error}): start no second run there", file=sys.stderr)
+        raise RunError(f"{folder}: another process is training there, or it cannot be locked ({error}): name "
+                       "another output_dir") from error
     for left in folder.glob("*.part"):  # half-written, by a process that died
         _remove(left)
-    if (folder / "best.old").exists() and not (folder / "best").exists():
-        os.replace(folder / "best.old", folder / "best")
     return file
 
-
 # ----------------------------------------------------------------------------------- the loop
-
 # the fields of Run that last.pt keeps beside weights, optimiser and schedule
 KEPT = ("epoch", "batch", "step", "window", "meter", "skipped", "bad_in_a_row", "history")
 
-
-def _sums():
-    return dict.fromkeys(("tokens", "nll", "loss", "correct", "clips", "seconds", "waited"), 0.0)
-
-
 class Run:
     """All that changes while a run goes on, and what it works with."""
-
     def __init__(self, config, inference, place, **more):
         self.config, self.inference, self.place, self.folder = config, inference, place, Path()
         self.labels, self.constant = "", ""  # digest of labels.train; its most frequent text
         self.epoch = self.batch = 0  # batch: of this process, within the epoch
         self.step = self.total_steps = self.skipped = self.bad_in_a_row = 0  # optimiser steps
-        self.window = _sums()  # since the last optimiser step, of this process
-        self.meter = _sums()  # since the last validation, of all processes
-        self.suspects = []  # (names, loss) of the window's micro-batches
-        self.history = []  # one dict a validation, as in metrics.jsonl
+        self.window, self.meter = Counter(), Counter()  # sums since the last step; since the last validation
+        self.suspects, self.history = [], []  # the window's (names, loss); the lines of metrics.jsonl
         self.saved_at, self.last_loss = time.monotonic(), math.nan
         self.signals, self.asked_to_stop = Signals(), 0  # a signal's number, agreed on by all processes
         self.data = self.loader = self.dev_loader = None  # data: {"train": SignLanguageDataset, "dev": ...}
         self.model = self.net = None  # net: the model, or DistributedDataParallel around it
-        self.tokenizer = self.optimizer = self.scheduler = None  # tokenizer: {file name: text}
-        self.writer = None  # TensorBoard's
+        self.optimizer = self.scheduler = self.writer = None  # writer: TensorBoard's
         vars(self).update(more)
 
     def description(self):
@@ -520,7 +446,6 @@ class Run:
         """The entry of highest bleu4 whose weights were saved; ties go by chrf, then by lower nll."""
         return max(self.history, key=lambda m: ("unsaved" not in m, m["bleu4"], m["chrf"], -m["dev_loss"]))
 
-
 def make_optimizer(model, config, total_steps, steps_per_epoch):
     """AdamW, no decay on norms and biases; the schedule, per step: linear warm-up, cosine to min_lr."""
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -533,14 +458,12 @@ def make_optimizer(model, config, total_steps, steps_per_epoch):
     schedule = get_cosine_with_min_lr_schedule_with_warmup_lr_rate
     return optimizer, schedule(optimizer, warmup, total_steps, min_lr=config.min_lr)
 
-
 def micro_batch(run, number, counts, src_input, tgt_input, last):
     """Forward and backward of one batch, its loss summed over tokens; at the last, processes exchange."""
     # from seed, epoch and number alone: a resumed run, or more processes, draw the same dropout
     torch.manual_seed(int(np.random.SeedSequence([run.config.seed, run.epoch, number]).generate_state(1)[0]))
-    src_input = to_device(src_input, run.place.device)
     silent = run.place.world > 1 and not last
-    with out_of_memory(src_input), run.net.no_sync() if silent else nullcontext():
+    with on_device(src_input, run.place) as src_input, run.net.no_sync() if silent else nullcontext():
         with run.place.autocast():
             output = run.net(src_input, tgt_input)
         # a batch that does not count only keeps this process in step with the others
@@ -548,24 +471,24 @@ def micro_batch(run, number, counts, src_input, tgt_input, last):
     if counts:
         tokens, loss, nll = output.num_tokens, output.loss.item(), output.nll.item()
         run.suspects.append((src_input["names"], loss))
-        now = (tokens, nll * tokens, loss * tokens, output.num_correct, len(src_input["names"]))
-        run.window |= {key: run.window[key] + value for key, value in zip(run.window, now)}
-
+        run.window.update(tokens=tokens, nll=nll * tokens, loss=loss * tokens, correct=output.num_correct,
+                          clips=len(src_input["names"]))
 
 def optimiser_step(run):
     """Divide the window's gradient by its tokens, over all processes, clip it and step; skip the not finite.
-
     Raises RunError after ten steps in a row that were not finite.
     """
-    *columns, signals = zip(*run.place.gather([[*run.window.values(), run.signals.number]]))
-    run.asked_to_stop, window = max(signals), dict(zip(run.window, map(math.fsum, columns)))
+    parts, window = run.place.gather([(run.window, run.signals.number)]), Counter()
+    run.asked_to_stop = max(number for _, number in parts)
+    for part, _ in parts:
+        window.update(part)
     parameters = [p for p in run.model.parameters() if p.grad is not None]
     # DistributedDataParallel averages over processes: undo that, the mean is over tokens
     torch._foreach_mul_([p.grad for p in parameters], run.place.world / max(window["tokens"], 1))
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, run.config.max_grad_norm or math.inf))
     finite = math.isfinite(norm) and math.isfinite(window["loss"])
     if finite:
-        run.meter = {key: run.meter[key] + window[key] for key in window}
+        run.meter.update(window)
     else:
         run.optimizer.zero_grad(set_to_none=True)  # a step without gradients changes nothing
         names = [name for names, loss in run.suspects if not math.isfinite(loss) for name in names]
@@ -577,16 +500,16 @@ def optimiser_step(run):
     run.optimizer.zero_grad(set_to_none=True)
     run.step, run.last_loss = run.step + 1, window["loss"] / max(window["tokens"], 1)
     run.skipped, run.bad_in_a_row = run.skipped + (not finite), 0 if finite else run.bad_in_a_row + 1
-    run.window, run.suspects = _sums(), []
+    run.window, run.suspects = Counter(), []
     if run.bad_in_a_row >= 10:
         raise RunError("10 steps in a row were not finite: lower learning_rate, keep max_grad_norm above 0, "
                        "look at the clips named above with `python train_lite.py check`")
-
 
 def train_epoch(run):
     """Go through the rest of the epoch, or of the budget. Raises Stopped after a signal, position kept."""
     sampler, accumulation = run.loader.batch_sampler, run.config.gradient_accumulation
     run.data["train"].epoch = sampler.epoch = run.epoch
+    sampler.lengths = np.array(run.data["train"].epoch_lengths())
     sampler.start, plan = run.batch, sampler.plan()
     run.net.train()
     clock = time.monotonic()
@@ -608,38 +531,36 @@ def train_epoch(run):
             return
         clock = time.monotonic()
 
+def report(run, part, row):
+    """{name: value} as one line in fixed order for grep, and to TensorBoard."""
+    run.place.say(f"epoch {run.epoch + 1:03d} | step {run.step:06d}/{run.total_steps:06d} | " +
+                  " | ".join(f"{name} {value:.4g}" for name, value in row.items()))
+    for name, value in row.items() if run.writer else ():
+        run.writer.add_scalar(f"{part}/{name}", value, run.step)
 
 def log_line(run):
-    """One line in fixed order for grep, and the same to TensorBoard."""
-    sums, lr = run.meter, run.scheduler.get_last_lr()[0]
-    tokens, seconds = max(sums["tokens"], 1), sums["seconds"]
-    nll, accuracy = sums["nll"] / tokens, 100 * sums["correct"] / tokens
-    speed, waiting = sums["clips"] / seconds, 100 * sums["waited"] / seconds
-    run.place.say(f"epoch {run.epoch + 1:03d} | step {run.step:06d}/{run.total_steps:06d} | loss "
-                  f"{run.last_loss:.4f} | nll {nll:.4f} | token accuracy {accuracy:.1f} % | lr {lr:.1e} | "
-                  f"{speed:.0f} clips/s | waiting for data {waiting:.0f} %")
-    if run.writer:
-        for name, value in (("loss", run.last_loss), ("nll", nll), ("accuracy", accuracy), ("lr", lr)):
-            run.writer.add_scalar(f"train/{name}", value, run.step)
-
+    """How training goes, over all since the last validation; the loss is the last step's."""
+    sums, tokens = run.meter, max(run.meter["tokens"], 1)
+    report(run, "train", {
+        "loss": run.last_loss, "nll": sums["nll"] / tokens, "accuracy": 100 * sums["correct"] / tokens,
+        "lr": run.scheduler.get_last_lr()[0], "clips_per_second": sums["clips"] / sums["seconds"],
+        "waiting_for_data": 100 * sums["waited"] / sums["seconds"]})
 
 def try_to_save(run, last_chance=False):
     """last.pt, by the first process; a full disk is reported, and training goes on to the next save."""
-    if run.place.rank == 0 and last_chance:
-        save_checkpoint(run.folder / "last.pt", run)
-    elif run.place.rank == 0:
-        _or_warn(save_checkpoint, run.folder / "last.pt", run)
+    if run.place.rank == 0:
+        _or_warn(save_checkpoint, run.folder / "last.pt", run, fatal=last_chance)
         run.saved_at = time.monotonic()
 
-
-def _or_warn(write, *arguments):
+def _or_warn(write, *arguments, fatal=False):
     try:
         write(*arguments)
     except RunError as error:
+        if fatal:
+            raise
         print(f"warning: {error}; training goes on to the next save", file=sys.stderr, flush=True)
         return False
     return True
-
 
 def validate(run):
     """Score dev, print and write what came out, and replace best/ where it is the best so far."""
@@ -652,7 +573,7 @@ def validate(run):
                "clips_per_second": run.meter["clips"] / seconds if seconds else None,
                "peak_memory_gb": run.place.peak_memory_gb()}
     run.history.append(metrics)
-    run.meter = _sums()
+    run.meter = Counter()
     print_validation(run, metrics, rows)
     if run.place.rank == 0:
         if run.best is metrics and not _or_warn(save_best, run, metrics):
@@ -661,16 +582,11 @@ def validate(run):
         _or_warn(write_whole, run.folder / "metrics.jsonl", lines.encode())
         _or_warn(write_predictions, run.folder / "predictions_dev.txt", rows)
 
-
 def print_validation(run, m, rows):
-    """One line of scores, two samples, and warnings where nothing is learnt; the same to TensorBoard."""
-    gloss = f" | gloss WER {m['gloss_wer']:.1f} %" if "gloss_wer" in m else ""
-    run.place.say(
-        f"epoch {m['epoch']:03d} | step {m['step']:06d} | dev_loss {m['dev_loss']:.4f} | token accuracy "
-        f"{m['dev_accuracy']:.1f} % | bleu4 {m['bleu4']:.2f} (poses exchanged {m['shuffled_bleu4']:.2f}, one "
-        f"constant sentence {m['constant_bleu4']:.2f}) | chrf {m['chrf']:.1f} | exact_match "
-        f"{m['exact_match']:.1f} % | unique outputs {m['unique_ratio']:.0f} % (references "
-        f"{m['reference_unique_ratio']:.0f} %){gloss}")
+    """One line of scores, two samples, and warnings where nothing is learnt."""
+    names = ("dev_loss dev_accuracy bleu4 shuffled_bleu4 constant_bleu4 chrf exact_match unique_ratio "
+             "reference_unique_ratio gloss_wer").split()
+    report(run, "dev", {name: m[name] for name in names if name in m})
     run.place.say("\n".join(_sample(row) for row in rows[:: max(1, len(rows) // 2)][:2]))
     uniform = math.log(len(run.model.codec))
     if m["step"] and not m["dev_loss"] <= uniform:  # NaN, too
@@ -678,16 +594,12 @@ def print_validation(run, m, rows):
     if m["step"] and (warning := collapse_warning(m, [row[3] for row in rows])):
         run.place.say(warning)
     if run.writer:
-        for name in [name for name, value in m.items() if isinstance(value, (int, float))]:
-            run.writer.add_scalar(f"dev/{name}", m[name], m["step"])
-        run.writer.add_text("dev/samples", "\n\n".join(f"{r[2]} **{r[3]}**" for r in rows[:8]), m["step"])
-
+        run.writer.add_text("dev/samples", "\n\n".join(_sample(row) for row in rows[:8]), m["step"])
 
 def write_predictions(path, rows):
     """Name, reference and prediction a line, tab-separated, in the split's order."""
     lines = ["\t".join(" ".join(cell.split()) for cell in row[1:]) + "\n" for row in rows]
     write_whole(path, ("name\treference\tprediction\n" + "".join(lines)).encode())
-
 
 def loop(run):
     """Validate at step 0, then train and validate to the budget's end; last.pt after every epoch."""
@@ -704,7 +616,6 @@ def loop(run):
             run.epoch, run.batch = run.epoch + 1, 0
         try_to_save(run, last_chance=done)
 
-
 def load_data(config, place):
     """-> {"train": SignLanguageDataset, "dev": ...}; the first process reads the files for all."""
     if place.rank:
@@ -713,27 +624,20 @@ def load_data(config, place):
             for split in ("train", "dev")}
     if not place.rank:
         place.gather()
-    if problems := too_short_for_ctc(data["train"], config):
-        raise DataError("\n".join(problems[:5]) + f"\n{len(problems)} such clips" * (len(problems) > 5))
     return data
 
-
 def build_model(config, data, state=None):
-    """A new model from the training texts, or the one that last.pt holds, vocabulary and all."""
-    if state is None:
-        entries = data["train"].entries
-        model = SignLanguageLite(config, [e["text"] for e in entries], [e["gloss"] for e in entries])
-        if config.init_from:
-            model.init_from(find_best(config.init_from))
-        return model
-    with tempfile.TemporaryDirectory() as folder:
-        for name, text in state["tokenizer"].items():
-            Path(folder, name).write_text(text, encoding="utf-8")
-        model = SignLanguageLite(config, saved=state["model_description"] | {"folder": folder})
-    model._freeze_mt5_layers()
-    model.load_saved(state["model"])
+    """A new model from the training texts and glosses, or with the weights that last.pt holds."""
+    entries = data["train"].entries
+    model = SignLanguageLite(config, [e["text"] for e in entries], [e["gloss"] for e in entries])
+    if state:
+        if [model.codec.pieces(), model.glosses] != [state["pieces"], state["glosses"]]:
+            raise RunError("the vocabulary is not the one that last.pt was trained with: has mt5_path or "
+                           "sentencepiece changed? --auto_resume false starts anew in another folder")
+        model.load_saved(state["model"])
+    elif config.init_from:
+        model.init_from(find_best(config.init_from))
     return model
-
 
 def start(run, state):
     """Load the data, build the model or restore all that last.pt holds, and print what will happen."""
@@ -741,9 +645,6 @@ def start(run, state):
     run.data = load_data(config, place)
     torch.manual_seed(config.seed)
     run.model = run.net = build_model(config, run.data, state).to(place.device)
-    with tempfile.TemporaryDirectory() as folder:
-        run.model.mt5_tokenizer.save_pretrained(folder)
-        run.tokenizer = {path.name: path.read_text(encoding="utf-8") for path in Path(folder).iterdir()}
     for dataset in run.data.values():
         dataset.encode = run.model.codec.encode
     run.constant = Counter(e["text"] for e in run.data["train"].entries).most_common(1)[0][0]
@@ -762,13 +663,9 @@ def start(run, state):
         devices = [place.device.index] if place.device.type == "cuda" else None
         run.net = DistributedDataParallel(run.model, device_ids=devices)
     if config.use_tensorboard and place.rank == 0:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ConfigError("use_tensorboard needs what is missing: pip install tensorboard") from error
+        from torch.utils.tensorboard import SummaryWriter
         run.writer = SummaryWriter(Path(config.log_dir, run.folder.name))
     print_plan(run, window)
-
 
 def restore(run, state):
     """Put a run where last.pt left it; the schedule is that of the budget asked for now."""
@@ -781,9 +678,8 @@ def restore(run, state):
     named = dict(run.model.named_parameters())
     for name, gradient in state["gradients"].items():
         named[name].grad = gradient.to(run.place.device)
-    if not (run.folder / "best").exists():  # --resume from elsewhere: the next validation is the best here
+    if not list(run.folder.glob("best*")):  # --resume from elsewhere: the next validation is the best here
         run.history = [m | {"unsaved": True} for m in run.history]
-
 
 def print_plan(run, window):
     """The configuration, the data, and what a step will be; warn of what deserves a second look."""
@@ -792,23 +688,21 @@ def print_plan(run, window):
     place.say("\n".join(data_report(run.data, codec)))
     pieces = [i for e in run.data["dev"].entries for i in codec.tokenizer(e["text"]).input_ids]
     known = [i != codec.tokenizer.unk_token_id and (codec.row is None or i in codec.row) for i in pieces]
-    covered = 100 * sum(known) / len(known)
     precision = "fp32" if isinstance(place.autocast(), nullcontext) else "bf16 autocast"
     place.say(f"vocabulary: {len(codec):,} of {len(codec.tokenizer):,} pieces kept; they cover "
-              f"{covered:.2f} % of dev's, the rest is spelled by characters\n"
+              f"{100 * np.mean(known):.2f} % of dev's, the rest is spelled by characters\n"
               f"a step: {config.batch_size} clips x {config.gradient_accumulation} accumulated x "
               f"{place.world} processes = {window} clips; {run.total_steps} steps; {place.device}, "
               f"{precision}, {torch.get_num_threads()} threads")
-    if config.ctc_weight and run.model.gloss_head is None:
-        place.say("warning: ctc_weight is set, but labels.train has no glosses: training is gloss-free")
-    if run.inference.max_new_tokens < config.max_text_length:
-        place.say(f"warning: max_new_tokens {run.inference.max_new_tokens} is below max_text_length "
-                  f"{config.max_text_length}: longer outputs are cut")
-    if config.language == "zh" and all(ord(c) < 0x2E80 for e in run.data["dev"].entries for c in e["text"]):
-        place.say("warning: language is zh, but no text has a Chinese character: set --language")
-    if window < 32:
-        place.say(f"warning: batch_size x gradient_accumulation x processes is {window}; the review: 32")
-
+    chinese = any(ord(c) >= 0x2E80 for e in run.data["dev"].entries for c in e["text"])
+    warnings = {
+        "ctc_weight is set, but labels.train has no glosses: training is gloss-free":
+            config.ctc_weight and run.model.gloss_head is None,
+        "language is zh, but no text has a Chinese character: set --language":
+            config.language == "zh" and not chinese,
+        f"batch_size x gradient_accumulation x processes is {window}; the review: 32": window < 32}
+    for warning in (warning for warning, holds in warnings.items() if holds):
+        place.say(f"warning: {warning}")
 
 def train(config, inference, args=None):
     """Train as config says, or go on where the run was; returns the exit code."""
@@ -835,6 +729,8 @@ def train(config, inference, args=None):
         else:
             start(run, state)
             place.say(f"resumed from {last} at step {run.step}" if state else f"writing to {run.folder}")
+            if place.rank == 0:
+                write_whole(run.folder / "config.json", _json(run.description()))
             number = run_to_end(run)
     if number:
         return 128 + number
@@ -845,27 +741,22 @@ def train(config, inference, args=None):
               f"{run.folder / 'best'}")
     return 0
 
-
 def run_to_end(run):
     """The loop under signal handlers -> 0, or the number of the signal that stopped it, last.pt written."""
     number = 0
     with Signals() as run.signals:
         try:
-            if run.place.rank == 0:
-                write_whole(run.folder / "config.json", _json(run.description()))
             loop(run)
         except Stopped as stopped:
             number = stopped.args[0]
-        finally:
-            if run.writer:
-                run.writer.close()
         if number:  # outside of `except`, whose traceback would keep the loading processes
             try_to_save(run, last_chance=True)
             run.place.say(f"stopped by signal {number} at step {run.step}; the same command goes on")
         elif run.place.rank == 0:
             draw_curves(run)
+    if run.writer:
+        run.writer.close()
     return number
-
 
 def demo_banner(config, place):
     """Say that this is the demo, and write its corpus on first use."""
@@ -875,9 +766,7 @@ def demo_banner(config, place):
         make_demo_corpus(config.data_dir)
     place.gather()
 
-
 # ----------------------------------------------------------------------------------- the other commands
-
 def data_report(data, codec):
     """A table, quantities down and splits across, then warnings that say what to set; codec may be None."""
     texts = {split: [e["text"] for e in dataset.entries] for split, dataset in data.items()}
@@ -896,7 +785,6 @@ def data_report(data, codec):
         warnings += [f"warning: {note}" for note in notes]
     lines = [f"{label:36}" + "".join(f"{cell:>20}" for cell in cells) for label, cells in table.items()]
     return lines + warnings
-
 
 def _figures(split, dataset, texts, codec):
     """A split's column of the table, {label: figure}, and what in it deserves a second look."""
@@ -929,19 +817,6 @@ def _figures(split, dataset, texts, codec):
         f"{split}: the vocabulary cannot spell {len(odd)} texts, first {_cut(odd[0]) if odd else ''!r}": odd}
     return figures, [note for note, holds in notes.items() if holds]
 
-
-def too_short_for_ctc(dataset, config):
-    """Faults of clips whose glosses need more encoder positions for CTC than their frames make."""
-    problems = []
-    for entry, frames in zip(dataset.entries, dataset.lengths if config.ctc_weight else []):
-        positions, need = -(-frames // config.temporal_stride), ctc_positions(entry["gloss"])
-        if positions < need:
-            problems.append(f"{entry['name']}: {frames} frames make {positions} positions, its "
-                            f"{len(entry['gloss'])} glosses need {need} for CTC: remove it, or "
-                            "--temporal_stride 1 or --ctc_weight 0")
-    return problems
-
-
 def check_command(config, inference, args):
     """`check`: every fault of labels and poses by name, and what the data are like; exit code 1 on faults."""
     if isinstance(config, DemoConfig):
@@ -950,7 +825,6 @@ def check_command(config, inference, args):
     for split in ("train", "dev", "test"):
         try:
             dataset = SignLanguageDataset(Path(config.data_dir, f"labels.{split}"), config, split, problems)
-            problems += too_short_for_ctc(dataset, config) if split == "train" else []
             data |= {split: dataset} if len(dataset) else {}
         except (DataError, pickle.UnpicklingError) as error:
             problems.append(str(error))
@@ -961,38 +835,31 @@ def check_command(config, inference, args):
     print("\n".join(data_report(data, codec)), flush=True)
     if args.plot and data:
         draw_poses(data, args.plot)
-    for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
+    print("".join(f"error: {problem}\n" for problem in problems), end="", file=sys.stderr)
     print(f"{len(problems)} errors" if problems else "no errors; next: python train_lite.py, same options")
     return 1 if problems else 0
 
-
 def draw_poses(data, path, clips=2, shots=8):
     """A contact sheet: clips of each split, frames side by side, the joints read; unseen ones in red."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("check --plot needs a package that is missing: pip install matplotlib") from error
-    files = [(split, dataset.paths[i]) for split, dataset in data.items()
+    from matplotlib.figure import Figure
+    files = [dataset.paths[i] for dataset in data.values()
              for i in np.linspace(0, len(dataset) - 1, clips).astype(int)]
-    parts = (BODY, BODY_EDGES, "tab:blue"), (LEFT, HAND_EDGES, "tab:green"), (RIGHT, HAND_EDGES, "tab:orange")
-    edges = [(part[a], part[b], colour) for part, pairs, colour in parts for a, b in pairs]
     figure, used = Figure(figsize=(2 * shots, 2.2 * len(files))), BODY + LEFT + RIGHT
-    for (split, file), row in zip(files, figure.subplots(len(files), shots, squeeze=False)):
+    parts = (BODY, BODY_EDGES, "C0"), (LEFT, HAND_EDGES, "C2"), (RIGHT, HAND_EDGES, "C1")
+    for file, row in zip(files, figure.subplots(len(files), shots, squeeze=False)):
         xy, scores = load_pose_file(file)
         seen = (scores > THRESHOLD) & np.isfinite(xy).all(-1)
         low, high = (edge(xy[:, used][seen[:, used]], 0) for edge in (np.min, np.max))
         for t, axes in zip(np.linspace(0, len(xy) - 1, shots).astype(int), row):
-            for a, b, colour in edges:
-                if seen[t, a] and seen[t, b]:
-                    axes.plot(*xy[t, [a, b]].T, lw=1, color=colour)
+            for part, edges, colour in parts:
+                bones = np.array(part)[np.array(edges)]
+                axes.plot(*xy[t, bones[seen[t, bones].all(1)]].T, lw=1, color=colour)
             unseen = np.nan_to_num(xy[t, [j for j in used if not seen[t, j]]])
             axes.plot(*np.clip(unseen, low, high).T, "rx", ms=3)
             axes.set(xlim=(low[0], high[0]), ylim=(high[1], low[1]), xticks=[], yticks=[], aspect="equal")
-        row[0].set_title(f"{split} {file.stem}", loc="left", fontsize=8)
+        row[0].set_title(file.stem, loc="left", fontsize=8)
     figure.savefig(path, dpi=100, bbox_inches="tight")
     print(f"contact sheet: {path}")
-
 
 def draw_curves(run):
     """curves.png, where matplotlib is installed: losses and scores over steps. No error: the run is done."""
@@ -1001,12 +868,9 @@ def draw_curves(run):
         figure, steps = Figure(figsize=(10, 4)), [m["step"] for m in run.history]
         panels = (("train_loss", "dev_loss"), ("bleu4", "exact_match", "shuffled_bleu4"))
         for axes, keys in zip(figure.subplots(1, 2), panels):
-            for key in keys:
-                axes.plot(steps, [math.nan if m[key] is None else m[key] for m in run.history], label=key)
-            axes.set_xlabel("step")
-            axes.legend()
+            axes.plot(steps, [[math.nan if m[key] is None else m[key] for key in keys] for m in run.history])
+            axes.legend(keys)
         figure.savefig(run.folder / "curves.png", dpi=120)
-
 
 def evaluate_command(config, inference, args):
     """`evaluate RUN`: a split's scores, one a line, 95 % intervals behind; predictions in a file."""
@@ -1023,59 +887,49 @@ def evaluate_command(config, inference, args):
     predictions, references = ([_clean(row[i], language) for row in rows] for i in (3, 2))
     intervals = bootstrap(predictions, references, language)
     for key, value in {"exact_match": metrics["exact_match"], **metrics}.items():
-        text = value if isinstance(value, str) else f"{value:.4f}" if key == "dev_loss" else f"{value:.2f}"
-        print(key, text + intervals.get(key, ""))
+        digits = 4 if key == "dev_loss" else 2
+        print(key, value if isinstance(value, str) else f"{value:.{digits}f}{intervals.get(key, '')}")
     print(collapse_warning(metrics, predictions) + "\nthe ten worst clips, by chrF:")
     chrf = [CHRF().sentence_score(p, [r]).score for p, r in zip(predictions, references)]
     print("\n".join(_sample(rows[i]) for i in np.argsort(chrf, kind="stable")[:10]))
-    out = Path(args.run, f"predictions_{args.split}.txt")
-    write_predictions(out, rows)
+    write_predictions(out := Path(args.run, f"predictions_{args.split}.txt"), rows)
     write_whole(out.with_name(f"metrics_{args.split}.json"), _json(metrics))
     print(f"predictions beside references: {out}; all figures: metrics_{args.split}.json beside it")
     return 0
 
-
 def bootstrap(predictions, references, language, samples=1000):
     """{metric: " [low, high]"}: 95 % intervals over resampled clips; sacrebleu's for BLEU-4 and chrF."""
     right = np.array([100.0 * (p == r) for p, r in zip(predictions, references)])
-    means = np.random.default_rng(0).choice(right, (samples, len(right))).mean(1)
-    intervals = {"exact_match": np.percentile(means, [2.5, 97.5])}
+    scores = {"exact_match": np.random.default_rng(0).choice(right, (samples, len(right))).mean(1)}
     for key, metric in (("bleu4", BLEU(tokenize="zh" if language == "zh" else "13a")), ("chrf", CHRF())):
         # corpus_score(n_bootstrap=...) itself fails on chrF where a resample has no match at all
         statistics = metric._extract_corpus_statistics(predictions, [references])
-        scores = _bootstrap_resample(statistics, metric, n_samples=samples)[1]
-        intervals[key] = np.percentile([float(score.score) for score in scores], [2.5, 97.5])
-    return {key: f" [{low:.2f}, {high:.2f}]" for key, (low, high) in intervals.items()}
-
+        scores[key] = [float(s.score) for s in _bootstrap_resample(statistics, metric, n_samples=samples)[1]]
+    return {key: " [{:.2f}, {:.2f}]".format(*np.percentile(s, [2.5, 97.5])) for key, s in scores.items()}
 
 def translate_command(config, inference, args):
     """`translate RUN CLIP...`: name and text a line; a bad clip is reported, passed over, and exit code 1."""
     place, bad = find_place(config), 0
     model = SignLanguageLite.from_pretrained(args.run).to(place.device)
     for begin in range(0, len(args.clips), EVAL_BATCH):
-        clips = []
+        clips, texts = [], []
         for path in args.clips[begin:begin + EVAL_BATCH]:
             try:
                 clips.append((path, read_clip(path, model.config)))
             except (DataError, pickle.UnpicklingError, OSError) as error:
-                bad += 1
+                bad = 1
                 print(f"error: {error}", file=sys.stderr, flush=True)
-        if not clips:
-            continue
-        src_input = to_device(pad_poses([pose for _, pose in clips]), place.device)
-        with out_of_memory(src_input), place.autocast():
-            texts = model.generate(src_input, **asdict(inference))
+        if clips:
+            with on_device(pad_poses([pose for _, pose in clips]), place) as src_input, place.autocast():
+                texts = model.generate(src_input, **asdict(inference))
         for (path, _), text in zip(clips, texts):
             as_json = json.dumps({"clip": path, "text": text}, ensure_ascii=False)
             print(as_json if args.json else f"{path}\t{text}", flush=True)
-    return 1 if bad else 0
-
+    return bad
 
 # ----------------------------------------------------------------------------------- the command line
-
 COMMANDS = {"train": train, "check": check_command,
             "evaluate": evaluate_command, "translate": translate_command}
-
 
 def make_parser(command):
     """The command's parser: its own arguments, then one flag a field of TrainConfig and InferenceConfig."""
@@ -1104,31 +958,27 @@ def make_parser(command):
     parser.add_argument("--no-tensorboard", dest="use_tensorboard", **hidden)
     return parser
 
-
 def parse(argv):
     """-> (command, config, inference, the command's own arguments). Exits with 2 on a bad command line."""
     command, rest = (argv[0], argv[1:]) if argv and argv[0] in COMMANDS else ("train", argv)
-    parser, kind = make_parser(command), TrainConfig
-    parser.set_defaults(data_dir=None, epochs=None, max_steps=None)  # to see whether they are given
-    args = parser.parse_args(rest)
+    names = {kind: [item.name for item in fields(kind)] for kind in (TrainConfig, InferenceConfig)}
+    # argparse fills in no default where there is a value: what is still None was not given
+    args = make_parser(command).parse_args(rest, argparse.Namespace(**dict.fromkeys(sum(names.values(), []))))
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    kind, defaults = TrainConfig, {}
+    untouched = TrainConfig().data_dir == DEFAULT_DATA_DIR  # who edits it in config_lite.py has given it
     if command in ("evaluate", "translate"):
         defaults = _read_json(find_best(args.run) / "config.json")
         defaults |= defaults.get("inference", {})
-    else:
-        data_dir = TrainConfig().data_dir  # who edits it there has given it
-        if args.data_dir is None and data_dir == DEFAULT_DATA_DIR and not Path(data_dir).exists():
-            kind = DemoConfig
-        elif args.mt5_path == "":
-            kind = ScratchConfig
-        defaults = {item.name: item.default for item in fields(kind)}
-        if args.epochs and args.max_steps is None:  # who asks for epochs gets epochs
-            defaults["max_steps"] = 0
-    ours = [[item.name for item in fields(which)] for which in (TrainConfig, InferenceConfig)]
-    parser.set_defaults(**{name: defaults[name] for name in sum(ours, []) if name in defaults})
-    args = parser.parse_args(rest)
-    config, inference = ({name: getattr(args, name) for name in names} for names in ours)
+    elif untouched and "data_dir" not in given and not Path(DEFAULT_DATA_DIR).exists():
+        kind = DemoConfig
+    elif args.mt5_path == "":
+        kind = ScratchConfig
+    if given.get("epochs") and "max_steps" not in given:  # who asks for epochs gets epochs
+        defaults["max_steps"] = 0
+    values = defaults | given
+    config, inference = ({name: values[name] for name in which if name in values} for which in names.values())
     return command, kind(**config), InferenceConfig(**inference), args
-
 
 def main(argv=None):
     """Run a command; returns the exit code. What the user can mend is one clear message, no traceback."""
@@ -1141,6 +991,9 @@ def main(argv=None):
     except BrokenPipeError:  # `| head`: end quietly, as SIGPIPE would
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 128 + 13
+    except ModuleNotFoundError as error:  # use_tensorboard, check --plot
+        print(f"error: {error}, an optional package: pip install {error.name}", file=sys.stderr, flush=True)
+        return 1
     except (ConfigError, DataError, RunError, pickle.UnpicklingError, OSError) as error:
         # of an error in a loading process, its message without that process's traceback
         print(f"error: {str(error).rpartition('DataError: ')[2]}", file=sys.stderr, flush=True)
@@ -1150,7 +1003,6 @@ def main(argv=None):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
 
 if __name__ == "__main__":
     sys.exit(main())

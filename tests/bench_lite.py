@@ -49,6 +49,10 @@ GPU = torch.cuda.is_available()
 now = time.perf_counter  # --cpu-time puts the process's own CPU seconds in its place
 
 
+def _on(device, src_input):
+    return {key: value.to(device) if torch.is_tensor(value) else value for key, value in src_input.items()}
+
+
 @dataclass(frozen=True)
 class Case:
     """One configuration: the default, with some levers off."""
@@ -214,7 +218,7 @@ class Bench:
 
     def hold(self, *batches):
         """Keep these batches in memory, for what is timed without a loader."""
-        self.held = [(train_lite.to_device(src, self.place.device), tgt)
+        self.held = [(_on(self.place.device, src), tgt)
                      for src, tgt in map(self.collate, batches)]
 
     def timed(self, function, *args):
@@ -300,7 +304,7 @@ class Bench:
                for part, joints in (("body", 9), ("left", 21), ("right", 21))}
         src["attention_mask"] = torch.ones((batch, frames), dtype=torch.long)
         labels = torch.randint(3, len(self.model.codec), (batch, TOKENS))
-        self.held = [(train_lite.to_device(src, self.place.device), {"labels": labels})]
+        self.held = [(_on(self.place.device, src), {"labels": labels})]
         with FlopCounterMode(display=False) as counter:
             self.pass_of(0)
         return self.timed(self.pass_of, 0), counter.get_total_flops()

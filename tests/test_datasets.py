@@ -326,7 +326,7 @@ FORMS = {
     "float64": lambda k, s: {"keypoints": k.astype(np.float64), "scores": s.astype(np.float64)},
     "Fortran order": lambda k, s: {"keypoints": np.asfortranarray(k), "scores": np.asfortranarray(s)},
     "big-endian": lambda k, s: {"keypoints": k.astype(">f4"), "scores": s.astype(">f8")},
-    "plain lists": lambda k, s: {"keypoints": k.tolist(), "scores": s.tolist()},
+    "tuples": lambda k, s: {"keypoints": tuple(k), "scores": tuple(s[:, None])},
     "OrderedDict": lambda k, s: OrderedDict(keypoints=k, scores=s),
     "further fields": lambda k, s: {
         "keypoints": k,
@@ -456,6 +456,9 @@ BAD_POSES = {
     "None inside": {"keypoints": None, "scores": None},
     "ragged": {"keypoints": [K[0], K[1, :5], K[2], K[3]], "scores": S},
     "a frame None": {"keypoints": [K[0], None, K[2], K[3]], "scores": S},
+    "lists of numbers": {"keypoints": K.tolist(), "scores": S.tolist()},
+    "a list among arrays": {"keypoints": list(K), "scores": [S[0], S[1], S[2].tolist(), S[3]]},
+    "arrays of one number": {"keypoints": K, "scores": list(S[:, 0])},
     "complex": {"keypoints": [complex(1, 2)] * 4, "scores": S},
     "pixels, size 0": {"keypoints": K * 500, "scores": S, "w_h": [0, 500]},
     "pixels, size NaN": {"keypoints": K * 500, "scores": S, "w_h": [NAN, 500]},
@@ -1265,12 +1268,12 @@ def test_a_demo_that_is_interrupted_leaves_no_half_corpus(tmp_path, monkeypatch)
         if len(calls) == 3:
             raise KeyboardInterrupt
         return original(*arguments, **more)
-    original = datasets_lite.pickle.dump
-    monkeypatch.setattr(datasets_lite.pickle, "dump", fails_at_the_third)
+    original = datasets_lite.pickle.dumps
+    monkeypatch.setattr(datasets_lite.pickle, "dumps", fails_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         make_demo_corpus(tmp_path / "demo", 0, SMALL)
     assert not (tmp_path / "demo").exists()
-    monkeypatch.setattr(datasets_lite.pickle, "dump", original)
+    monkeypatch.setattr(datasets_lite.pickle, "dumps", original)
     assert make_demo_corpus(tmp_path / "demo", 0, SMALL).is_dir(), "the next try works"
 
 
@@ -1279,3 +1282,27 @@ def test_augmentation_never_makes_a_clip_too_short_for_its_glosses():
     keypoints, scores = random_clip(10)
     frames = [len(augment_clip(keypoints, scores, np.random.default_rng(s), least=10)[1]) for s in range(100)]
     assert min(frames) >= 10 and max(frames) > 10, f"{min(frames)} to {max(frames)} frames"
+
+
+def test_an_epochs_lengths_are_those_of_its_augmented_clips(demo):
+    """The sampler sorts by them; were they off, batches would be padded more, and nothing else would tell."""
+    dataset = SignLanguageDataset(demo / "labels.train", scratch_config(augment=True, max_length=40), "train")
+    for dataset.epoch in range(3):
+        found = [len(dataset[i][1]["body"]) for i in range(len(dataset))]
+        assert dataset.epoch_lengths() == found, f"epoch {dataset.epoch}"
+        assert found != dataset.lengths and max(found) == 40
+    dataset.config.augment = False
+    assert dataset.epoch_lengths() == dataset.lengths
+
+
+def test_an_augmented_clip_is_the_same_motion_at_another_tilt_and_speed():
+    """Turned back by the angle that its shoulders tell, what is left are the aspect and the noise."""
+    keypoints, scores = (array.take(datasets_lite.USED, 1) for array in random_clip(30))
+    for seed in range(20):
+        moved, kept = augment_clip(keypoints, scores, np.random.default_rng(seed))
+        frames = np.linspace(0, 29, len(kept)).round().astype(int)
+        assert (kept == scores[frames]).all() and moved.dtype == np.float32
+        solved, *_ = np.linalg.lstsq(keypoints[frames].reshape(-1, 2).astype(float), moved.reshape(-1, 2), rcond=None)
+        assert np.abs(solved - np.eye(2)).max() < 0.25, f"seed {seed}: {solved}"
+        left = moved - (keypoints[frames].reshape(-1, 2) @ solved).reshape(moved.shape)
+        assert 0 < np.abs(left).max() < 0.03, f"seed {seed}: noise {np.abs(left).max():.4f}"

@@ -396,7 +396,7 @@ def test_a_checkpoint_that_runs_code_is_refused_and_runs_nothing(tmp_path):
 
 def test_last_pt_holds_plain_data_only(finished):
     state = torch.load(finished / "last.pt", weights_only=True)
-    assert {"model", "optimizer", "scheduler", "epoch", "batch", "window", "history", "config", "tokenizer"} <= state.keys()
+    assert {"model", "optimizer", "scheduler", "epoch", "batch", "window", "history", "config", "pieces"} <= state.keys()
 
 
 def test_two_processes_train_like_one(demo, tmp_path):
@@ -532,7 +532,7 @@ def test_clips_too_short_for_their_glosses_are_named_before_the_first_step(tmp_p
     for split in ("train", "dev"):
         write_corpus(tmp_path / "corpus", {f"{split}_a": random_clip(4), f"{split}_b": random_clip(30)}, split)
     assert tiny_run(tmp_path / "corpus", tmp_path / "run", 2) == 1
-    assert "train_a: 4 frames make 2 positions, its 4 glosses need 4" in capsys.readouterr().err
+    assert "train_a: 4 frames make 2 positions, CTC on its glosses needs 4" in capsys.readouterr().err
 
 
 def test_more_processes_than_batches_are_refused(demo, monkeypatch):
@@ -547,9 +547,9 @@ def test_more_processes_than_batches_are_refused(demo, monkeypatch):
 
 def test_running_out_of_memory_says_what_to_lower():
     src = {"attention_mask": torch.ones(4, 100)}
-    with pytest.raises(RunError, match="4 clips x 100 frames.*halve batch_size"), train_lite.out_of_memory(src):
+    with pytest.raises(RunError, match="4 clips x 100 frames.*half the batch_size"), train_lite.on_device(src, Place()):
         raise torch.OutOfMemoryError("CUDA out of memory")
-    with pytest.raises(RuntimeError, match="something else"), train_lite.out_of_memory(src):
+    with pytest.raises(RuntimeError, match="something else"), train_lite.on_device(src, Place()):
         raise RuntimeError("something else")
 
 
