@@ -23,7 +23,7 @@ def option(default, help, **metadata):
 class InferenceConfig:
     """How text is decoded; every field is an argument of `SignLanguageLite.generate`."""
     num_beams: int = option(1, "beams; 1 = greedy")
-    max_new_tokens: int = option(64, "longest output, in pieces")
+    max_new_tokens: int = option(64, "longest output, in pieces; at most 5/4 of the longest training text")
     length_penalty: float = option(1.0, "above 0 favours longer outputs; read with beams only")
     no_repeat_ngram_size: int = option(0, "forbid repeated n-grams of pieces; 0 = off: sentences do repeat")
 
@@ -93,11 +93,12 @@ class TrainConfig:
             _require(self, name, getattr(self, name) >= 1, "at least 1")
         _require(self, "epochs", self.epochs >= 1 or self.max_steps >= 1, "at least 1 where max_steps is 0")
         _require(self, "learning_rate", 0 < self.learning_rate <= 1, "above 0, at most 1")
-        peak = self.learning_rate
-        _require(self, "min_lr", self.min_lr <= peak, f"at most learning_rate {peak}")
+        _require(self, "min_lr", self.min_lr <= self.learning_rate, "at most learning_rate")
         _require(self, "label_smoothing", self.label_smoothing < 1, "at least 0 and below 1")
         _require(self, "d_model", self.d_model >= 32 and self.d_model % 32 == 0, "a multiple of 32")
-        _require(self, "max_length", self.max_length >= self.temporal_stride, "at least temporal_stride")
+        inside = self.temporal_stride <= self.max_length <= 2**16
+        _require(self, "max_length", inside, "at least temporal_stride, at most 65536")
+        _require(self, "seed", self.seed < 2**63, "below 2**63")
 
 @dataclass(slots=True)
 class ScratchConfig(TrainConfig):

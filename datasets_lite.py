@@ -14,6 +14,7 @@ import json
 import math
 import os
 import pickle
+import pickletools
 import reprlib
 import tempfile
 import warnings
@@ -70,20 +71,16 @@ class _Array(np.ndarray):
             raise _Refused(f"an array of dtype {dtype.value}")
         super().__setstate__((version, shape, dtype.value, fortran, data))
 
-def _encode(text, encoding):
-    if encoding not in ("latin1", "latin-1"):  # which protocols 0 to 2 write an array's bytes in
-        raise _Refused(f"bytes in the encoding {encoding!s:.100}")
-    return text.encode("latin1")
-
 class _SafeUnpickler(pickle.Unpickler):
     """Builds arrays and plain containers; whatever else a pickle names is refused before it is called."""
     ALLOWED = {
-        "numpy.ndarray": _Array, "numpy.dtype": _Dtype, "_codecs.encode": _encode,
+        "numpy.ndarray": _Array, "numpy.dtype": _Dtype, "builtins.complex": complex,
+        "_codecs.encode": lambda text, encoding: text.encode("latin1"),  # as protocols 0 to 2 write bytes
         "numpy.core.multiarray._reconstruct": lambda kind, shape, code: np.ndarray.__new__(_Array, 0),
         "numpy.core.multiarray.scalar": lambda dtype, data: np.frombuffer(data, dtype.value, 1)[0],
         "numpy.core.numeric._frombuffer": lambda data, dtype, shape, order:
             np.frombuffer(data, dtype.value).reshape(shape, order=order).view(_Array),
-        "builtins.bytearray": lambda data: bytearray(memoryview(data)), "builtins.complex": complex,
+        "builtins.bytearray": lambda data: bytearray(memoryview(data)),
         "builtins.set": set, "builtins.frozenset": frozenset, "collections.OrderedDict": OrderedDict}
 
     def find_class(self, module, name):
@@ -91,6 +88,14 @@ class _SafeUnpickler(pickle.Unpickler):
         if known not in self.ALLOWED:
             raise _Refused(f"{module}.{name}")
         return self.ALLOWED[known]
+
+def _unpickle(raw, known=False):
+    """bytes -> what they build. Refused is a PUT at a place of the memo that the opcodes before it cannot have
+    filled: for 2**32 Python would make a table of 64 GB. To look takes longer than to load: once a file."""
+    for count, (opcode, place, at) in enumerate(() if known else pickletools.genops(raw)):
+        if "PUT" in opcode.name and place > count:
+            raise _Refused(f"place {place:,} of a memo of {count:,}, at byte {at}")
+    return _SafeUnpickler(io.BufferedReader(io.BytesIO(raw))).load()
 
 @contextmanager
 def _naming(path, what):
@@ -124,7 +129,7 @@ def load_dataset_file(path, problems=None):
         if raw[:2] == b"\x1f\x8b":
             raw = gzip.GzipFile(fileobj=io.BytesIO(raw)).read(MAX_BYTES + 1)
             _check_size(path, len(raw), "unpacks to at least")
-            data = _SafeUnpickler(io.BufferedReader(io.BytesIO(raw))).load()
+            data = _unpickle(raw)
         else:
             data = json.loads(raw.decode("utf-8"))
     if not isinstance(data, (dict, list)) or not data:
@@ -145,8 +150,8 @@ def load_dataset_file(path, problems=None):
     return entries
 
 def _first(lines):
-    more = [f"... and {len(lines) - 5} more"] if len(lines) > 5 else []
-    return "\n".join(f"  {line}" for line in lines[:5] + more)
+    more = f"\n  ... and {len(lines) - 5} more" * (len(lines) > 5)
+    return "\n".join(f"  {line}" for line in lines[:5]) + more
 
 def _entry(path, key, entry):
     where = f"{path}: entry {key}"
@@ -165,18 +170,18 @@ def _entry(path, key, entry):
     "".join([name, pose, text, *gloss]).encode()  # half a character fails here, not in the tokeniser
     return {"name": name, "text": text, "gloss": list(gloss), "pose": pose}
 
-def load_pose_file(path):
+def load_pose_file(path, known=False):
     """One clip -> (keypoints (T, 133, 2), scores (T, 133)), float32; pixels are divided by `w_h`, if there.
     `.pkl` holds arrays, or lists of an array a frame, with or without the person axis, and may hold `start`,
     `end` (frames, end exclusive) and `w_h`; `.npz` holds the same as arrays, nothing pickled.
-    Raises DataError naming the file, pickle.UnpicklingError for a pickle that asks for more than data."""
+    Raises DataError naming the file, pickle.UnpicklingError for a pickle that asks for more than data.
+    known: the file has been read before, so its opcodes are not looked through again."""
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such pose file")
     with _naming(path, f"not a readable {path.suffix[1:]} file"), np.errstate(all="ignore"):
         _check_size(path, path.stat().st_size)
-        with open(path, "rb") as file:
-            data = _read_npz(file, path) if path.suffix == ".npz" else _SafeUnpickler(file).load()
+        data = _read_npz(path) if path.suffix == ".npz" else _unpickle(path.read_bytes(), known)
         if not isinstance(data, dict) or not {"keypoints", "scores"} <= data.keys():
             raise DataError(f"{path}: keypoints and scores were expected, found {reprlib.repr(data)}")
         keypoints = _frames(data["keypoints"], (JOINTS, 2), "keypoints", path)
@@ -194,8 +199,8 @@ def load_pose_file(path):
             keypoints = keypoints / np.float32(_two(w_h, 1, "w_h", "[width, height] in pixels", path))
         return keypoints, scores
 
-def _read_npz(file, path):
-    with np.load(file, allow_pickle=False) as archive, warnings.catch_warnings():
+def _read_npz(path):
+    with np.load(path, allow_pickle=False) as archive, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numpy's, about headers that Python 2 wrote
         for member in archive.zip.infolist():
             _check_size(path, member.file_size, f"{member.filename} unpacks to")
@@ -373,7 +378,7 @@ class SignLanguageDataset(Dataset):
         elif bad and (self.config.on_bad_clip == "error" or not good):
             raise DataError(f"{message}\nmend or remove them, or leave them out with --on_bad_clip skip")
         elif bad:
-            print(f"{message}\nleft out, as on_bad_clip says", flush=True)
+            print(f"{message}\nleft out, as on_bad_clip says")
             if self.config.output_dir:
                 path = Path(self.config.output_dir, "bad_clips.txt")
                 old = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
@@ -388,7 +393,7 @@ class SignLanguageDataset(Dataset):
         return entry["name"], self._load_pose(index), entry["text"], entry["gloss"]
 
     def _load_pose(self, index):
-        return read_clip(self.paths[index], self.config, *self._draw(index))
+        return read_clip(self.paths[index], self.config, *self._draw(index), known=True)
 
     def _draw(self, index):
         """A clip's random numbers (training only), and the frames that augmentation must leave it for CTC."""
@@ -398,7 +403,7 @@ class SignLanguageDataset(Dataset):
 
     def epoch_lengths(self):
         """Frames of each clip in this epoch, at the speed that augmentation draws: batches sorted by these
-        hold 5 % padding; sorted by `lengths`, 20 %."""
+        hold much less padding than by `lengths`."""
         if self.phase != "train" or not self.config.augment:
             return self.lengths
         drawn = [_augmented_frames(r.frames, *self._draw(i)) for i, r in enumerate(self.reports)]
@@ -420,17 +425,19 @@ def ctc_positions(target):
     """Positions that CTC needs for a target: one a gloss, one more between equal neighbours."""
     return len(target) + sum(a == b for a, b in zip(target, target[1:]))
 
-def read_clip(path, config, rng=None, least=1):
+def read_clip(path, config, rng=None, least=1, known=False):
     """The one way from a pose file to {body, left, right}: training (with rng), evaluation, one clip.
     Augmentation shortens no clip below `least` frames. Raises as `load_pose_file` does."""
-    stored = keypoints, scores = [array.take(USED, 1) for array in load_pose_file(path)]
+    stored = [array.take(USED, 1) for array in load_pose_file(path, known)]
+    keypoints, scores = stored
     if rng is not None and config.augment:
         keypoints, scores = augment_clip(keypoints, scores, rng, least)
     frames = sample_frames(len(scores), config.max_length, rng)
     pose = _parts(keypoints[frames], scores[frames])
-    if not pose["body"].any():  # the few frames that show a body were not among these: take only such
+    if not pose["body"].any():  # the few frames that show a body were not among these: first of all such
         seen = np.flatnonzero(_parts(*stored)["body"].any((1, 2)))
-        frames = seen[sample_frames(len(seen), config.max_length)]
+        frames = sample_frames(len(stored[1]), config.max_length)
+        frames = np.sort(np.concatenate([seen, np.setdiff1d(frames, seen)])[:len(frames)])
         pose = _parts(stored[0][frames], stored[1][frames])
         if not pose["body"].any():
             raise DataError(f"{path}: no usable body joint in its {len(stored[1])} frames; see on_bad_clip")
@@ -563,6 +570,7 @@ def _demo_signs():
         right = np.array([place, *rng.uniform(0, [0.4, 0.25]) * np.exp(2j * np.pi * rng.random(2))])
         hand = [*rng.integers(2, size=5), rng.uniform(0.12, 0.35), rng.uniform(-1.2, 1.2)]
         idle, mirror = ([DEMO_REST[0], 0, 0], DEMO_REST[2:9]), -right.conj()
+        # a half of the signs are one-handed; in the others the left hand mirrors the right, or holds still
         left, other = (idle, idle, (mirror, hand), (mirror * [1, 0, 0], hand))[rng.integers(4)]
         signs[word] = np.stack([left, right], -1), [*other, *hand]
     return signs

@@ -210,7 +210,7 @@ class SignLanguageLite(nn.Module):
                 total[part] += p.numel()
                 trainable[part] += p.numel() * p.requires_grad
         print("\n".join(f"  {part:12} {total[part]:>13,} parameters, {trainable[part]:>13,} trainable"
-                        for part in ("front-end", *names.values(), "all")), flush=True)
+                        for part in ("front-end", *names.values(), "all")))
 
     def encode_pose(self, src_input):
         """-> embeddings (B, T', d_model), mask (B, T'). Raises ValueError beyond max_length frames."""
@@ -321,7 +321,7 @@ class SignLanguageLite(nn.Module):
             elif "embed_tokens" not in name:
                 anew.append(name)
         print(f"weights from {folder}: {len(shared)} of {len(self.codec)} pieces known; "
-              f"begun anew: {', '.join(anew) or 'nothing'}", flush=True)
+              f"begun anew: {', '.join(anew) or 'nothing'}")
 
     def description(self):
         """What rebuilding needs beside weights and tokeniser, as plain data."""

@@ -5,8 +5,9 @@
     python train_lite.py evaluate RUN         score a run's best model on a split
     python train_lite.py translate RUN CLIP [CLIP ...]
 
-then `--field value` for any field of config_lite.py. A run is a folder: config.json, metrics.jsonl (a line a
-validation), predictions_dev.txt, last.pt (to go on from) and best/ (to use, complete in itself).
+then `--field value` for any field of config_lite.py. Defaults below are TrainConfig's; training from scratch
+(`--mt5_path ""`) has ScratchConfig's, the demo DemoConfig's. A run is a folder: config.json, metrics.jsonl (a
+line a validation), predictions_dev.txt, last.pt (to go on from) and best/ (to use, complete in itself).
 """
 import argparse
 import inspect
@@ -71,11 +72,6 @@ class Place:
     world: int = 1
     device: torch.device = torch.device("cpu")
 
-    def say(self, text):
-        """Print once, not once a process."""
-        if self.rank == 0:
-            print(text, flush=True)
-
     def gather(self, rows=()):
         """The processes' lists, joined, in every process, which waits for the others here."""
         parts = [rows] * self.world
@@ -108,6 +104,8 @@ def find_place(config):
     if kind == "cuda":
         torch.cuda.set_device(device)
         torch.cuda.reset_peak_memory_stats(device)
+    if rank:
+        sys.stdout = open(os.devnull, "w")  # said once, not once a process
     torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32
     if world > 1 and not dist.is_initialized():  # hours: the others wait while the first reads a large corpus
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(hours=6))
@@ -171,8 +169,7 @@ def _rouge_l(hypothesis, reference, beta=1.2):
 def compute_metrics(predictions, references, language="zh"):
     """Texts -> {bleu1..bleu4, chrf, rouge_l, exact_match, unique_ratio} in percent, and bleu_signature.
     Both sides are NFKC-normalised and stripped; "zh" is scored by character and without spaces, others by
-    sacrebleu's "13a" words. ROUGE-L is a mean over sentences. Raises ValueError for unequal or zero lengths.
-    """
+    sacrebleu's "13a" words. ROUGE-L is a mean over sentences. ValueError for unequal or zero lengths."""
     count, metrics = len(references), {}
     if len(predictions) != count or not count:
         raise ValueError(f"{len(predictions)} predictions for {count} references: one for each is needed")
@@ -198,13 +195,11 @@ def evaluate(model, data_loader, inference, place=Place(), constant="", stop=lam
     """Score a whole split -> (metrics, rows of (index, name, reference, prediction) in the split's order).
     dev_loss is the plain nll per token. A text depends on its clip alone, so scores for exchanged poses,
     shuffled_*, need no second decoding. `constant` is the sentence of the constant_bleu4 baseline.
-    Raises Stopped when `stop()` gives a signal's number.
-    """
+    Raises Stopped when `stop()` gives a signal's number."""
     dataset, plan, started = data_loader.dataset, data_loader.batch_sampler.plan(), time.monotonic()
     rows, sums, was_training = [], [], model.training
     model.eval()
-    quiet = place.rank > 0 or not sys.stderr.isatty()
-    bar = tqdm(plan, desc=dataset.phase, unit=" batches", disable=quiet, leave=False)
+    bar = tqdm(plan, dataset.phase, unit=" batches", disable=True if place.rank else None, leave=False)
     for (number, clips, counts), (src_input, tgt_input) in zip(bar, data_loader):
         if stop():
             raise Stopped(stop())
@@ -282,8 +277,7 @@ def on_device(src_input, place):
 def write_whole(path, content):
     """Write bytes, or the file or folder that content(path) writes, beside path; flush to disk, then rename.
     So path is never half; a crash between a folder's two renames leaves path.old. Raises RunError naming
-    path, what was written and the space left.
-    """
+    path, what was written and the space left."""
     path = Path(path)
     aside, old = path.with_name(f"{path.name}.{os.getpid()}.part"), path.with_name(f"{path.name}.old")
     try:
@@ -317,8 +311,8 @@ def _json(content):
 
 def _read_json(path):
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{path}: cannot be read ({error})") from error
 
 def save_best(run, metrics):
@@ -334,11 +328,10 @@ def find_latest_checkpoint(folder):
 
 def save_checkpoint(path, run):
     """Write last.pt: all that `restore` needs to go on as if nothing had happened, even within a window.
-    No random state is among it: each micro-batch draws from seed, epoch and number alone (`micro_batch`).
-    """
+    No random state is among it: each micro-batch draws from seed, epoch and number alone (`micro_batch`)."""
     state = {name: getattr(run, name) for name in KEPT} | {
-        "config": run.description(), "model": run.model.state_to_save(), "pieces": run.model.codec.pieces(),
-        "glosses": run.model.glosses, "optimizer": run.optimizer.state_dict(),
+        "config": run.description(), "made_of": _made_of(run.model, run.data),
+        "model": run.model.state_to_save(), "optimizer": run.optimizer.state_dict(),
         "gradients": {n: p.grad for n, p in run.model.named_parameters() if p.grad is not None},
         "scheduler": run.scheduler.state_dict(), "finished": run.step >= run.total_steps and run.validated}
     write_whole(path, lambda aside: torch.save(state, aside))
@@ -351,12 +344,11 @@ def load_checkpoint(path):
                        "averages the joints away, its labels are shifted twice. Start anew, without --resume")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"model", "optimizer", "history", "config"} - state.keys()
+        if missing := {"model", "optimizer", "history", "config"} - state.keys():
+            raise ValueError(f"it has no {', '.join(sorted(missing))}")
     except Exception as error:  # of any kind: the bytes are anybody's
         raise RunError(f"{path}: not a readable checkpoint ({type(error).__name__}: {_cut(str(error))}); "
                        "--auto_resume false starts anew in another folder") from error
-    if missing:
-        raise RunError(f"{path}: not a last.pt of this project, which has {sorted(missing)}, too")
     return state
 
 # ----------------------------------------------------------------------------------- which run
@@ -370,7 +362,7 @@ def _differences(saved, now):
     return "; ".join(f"{name}: {saved.get(name)!r} -> {now[name]!r}" for name in sorted(names)
                      if saved.get(name) != now[name])
 
-def choose_folder(config, description, say=print):
+def choose_folder(config, description):
     """-> (the run's folder, its last.pt or None). What another configuration gave is never written over."""
     resumed = Path(config.resume_from) if config.resume_from else None
     if resumed:
@@ -392,7 +384,7 @@ def choose_folder(config, description, say=print):
             if config.output_dir:
                 raise ConfigError(f"output_dir {folder} holds another run ({changed}); nothing was changed: "
                                   "name another, or --auto_resume false for the next free one")
-            say(f"{folder} holds another run ({changed})")
+            print(f"{folder} holds another run ({changed})")
         number += 1
         folder = base.with_name(f"{base.name}-{number}")
     return folder, resumed
@@ -433,8 +425,8 @@ class Run:
 
     def description(self):
         """The configuration, and what else decides whether a run may be gone on with; plain data."""
-        more = {"inference": asdict(self.inference), "labels": self.labels, "processes": self.place.world}
-        return asdict(self.config) | more
+        return asdict(self.config) | {
+            "inference": asdict(self.inference), "labels": self.labels, "processes": self.place.world}
 
     @property
     def validated(self):
@@ -476,8 +468,7 @@ def micro_batch(run, number, counts, src_input, tgt_input, last):
 
 def optimiser_step(run):
     """Divide the window's gradient by its tokens, over all processes, clip it and step; skip the not finite.
-    Raises RunError after ten steps in a row that were not finite.
-    """
+    Raises RunError after ten steps in a row that were not finite."""
     parts, window = run.place.gather([(run.window, run.signals.number)]), Counter()
     run.asked_to_stop = max(number for _, number in parts)
     for part, _ in parts:
@@ -494,7 +485,7 @@ def optimiser_step(run):
         names = [name for names, loss in run.suspects if not math.isfinite(loss) for name in names]
         names = names or [name for names, _ in run.suspects for name in names]
         print(f"warning: step {run.step + 1} is skipped: its loss or gradient (norm {norm}) is not finite; "
-              f"{run.skipped + 1} so far; clips: {', '.join(names[:32])}", file=sys.stderr, flush=True)
+              f"{run.skipped + 1} so far; clips: {', '.join(names[:32])}", file=sys.stderr)
     run.optimizer.step()
     run.scheduler.step()
     run.optimizer.zero_grad(set_to_none=True)
@@ -533,8 +524,8 @@ def train_epoch(run):
 
 def report(run, part, row):
     """{name: value} as one line in fixed order for grep, and to TensorBoard."""
-    run.place.say(f"epoch {run.epoch + 1:03d} | step {run.step:06d}/{run.total_steps:06d} | " +
-                  " | ".join(f"{name} {value:.4g}" for name, value in row.items()))
+    print(f"epoch {run.epoch + (run.step > 0):03d} | step {run.step:06d}/{run.total_steps:06d} | " +
+          " | ".join(f"{name} {value:.4g}" for name, value in row.items()))
     for name, value in row.items() if run.writer else ():
         run.writer.add_scalar(f"{part}/{name}", value, run.step)
 
@@ -558,7 +549,7 @@ def _or_warn(write, *arguments, fatal=False):
     except RunError as error:
         if fatal:
             raise
-        print(f"warning: {error}; training goes on to the next save", file=sys.stderr, flush=True)
+        print(f"warning: {error}; training goes on to the next save", file=sys.stderr)
         return False
     return True
 
@@ -587,12 +578,12 @@ def print_validation(run, m, rows):
     names = ("dev_loss dev_accuracy bleu4 shuffled_bleu4 constant_bleu4 chrf exact_match unique_ratio "
              "reference_unique_ratio gloss_wer").split()
     report(run, "dev", {name: m[name] for name in names if name in m})
-    run.place.say("\n".join(_sample(row) for row in rows[:: max(1, len(rows) // 2)][:2]))
+    print("\n".join(_sample(row) for row in rows[:: max(1, len(rows) // 2)][:2]))
     uniform = math.log(len(run.model.codec))
     if m["step"] and not m["dev_loss"] <= uniform:  # NaN, too
-        run.place.say(f"warning: dev_loss {m['dev_loss']:.2f} is worse than guessing evenly ({uniform:.2f})")
+        print(f"warning: dev_loss {m['dev_loss']:.2f} is worse than guessing evenly ({uniform:.2f})")
     if m["step"] and (warning := collapse_warning(m, [row[3] for row in rows])):
-        run.place.say(warning)
+        print(warning)
     if run.writer:
         run.writer.add_text("dev/samples", "\n\n".join(_sample(row) for row in rows[:8]), m["step"])
 
@@ -631,13 +622,19 @@ def build_model(config, data, state=None):
     entries = data["train"].entries
     model = SignLanguageLite(config, [e["text"] for e in entries], [e["gloss"] for e in entries])
     if state:
-        if [model.codec.pieces(), model.glosses] != [state["pieces"], state["glosses"]]:
-            raise RunError("the vocabulary is not the one that last.pt was trained with: has mt5_path or "
-                           "sentencepiece changed? --auto_resume false starts anew in another folder")
+        now, then = _made_of(model, data), state["made_of"]
+        if changed := [name for name in now if now[name] != then[name]]:
+            raise RunError(f"last.pt was trained with other {', '.join(changed)}: was a clip mended or lost? "
+                           "Has mt5_path or sentencepiece changed? --auto_resume false starts anew")
         model.load_saved(state["model"])
     elif config.init_from:
         model.init_from(find_best(config.init_from))
     return model
+
+def _made_of(model, data):
+    """What a resumed run must find again; the clips come in the data's order."""
+    return {"pieces": model.codec.pieces(), "glosses": model.glosses,
+            "clips": [entry["name"] for entry in data["train"].entries]}
 
 def start(run, state):
     """Load the data, build the model or restore all that last.pt holds, and print what will happen."""
@@ -684,25 +681,22 @@ def restore(run, state):
 def print_plan(run, window):
     """The configuration, the data, and what a step will be; warn of what deserves a second look."""
     config, place, codec = run.config, run.place, run.model.codec
-    place.say("configuration: " + ", ".join(f"{k} {v!r}" for k, v in asdict(config).items()))
-    place.say("\n".join(data_report(run.data, codec)))
+    print("configuration: " + ", ".join(f"{k} {v!r}" for k, v in asdict(config).items()))
+    print("\n".join(data_report(run.data, codec)))
     pieces = [i for e in run.data["dev"].entries for i in codec.tokenizer(e["text"]).input_ids]
-    known = [i != codec.tokenizer.unk_token_id and (codec.row is None or i in codec.row) for i in pieces]
+    known = [i != codec.tokenizer.unk_token_id and i in codec.row for i in pieces]
     precision = "fp32" if isinstance(place.autocast(), nullcontext) else "bf16 autocast"
-    place.say(f"vocabulary: {len(codec):,} of {len(codec.tokenizer):,} pieces kept; they cover "
-              f"{100 * np.mean(known):.2f} % of dev's, the rest is spelled by characters\n"
-              f"a step: {config.batch_size} clips x {config.gradient_accumulation} accumulated x "
-              f"{place.world} processes = {window} clips; {run.total_steps} steps; {place.device}, "
-              f"{precision}, {torch.get_num_threads()} threads")
-    chinese = any(ord(c) >= 0x2E80 for e in run.data["dev"].entries for c in e["text"])
-    warnings = {
-        "ctc_weight is set, but labels.train has no glosses: training is gloss-free":
-            config.ctc_weight and run.model.gloss_head is None,
-        "language is zh, but no text has a Chinese character: set --language":
-            config.language == "zh" and not chinese,
-        f"batch_size x gradient_accumulation x processes is {window}; the review: 32": window < 32}
-    for warning in (warning for warning, holds in warnings.items() if holds):
-        place.say(f"warning: {warning}")
+    print(f"vocabulary: {len(codec):,} of {len(codec.tokenizer):,} pieces kept; they cover "
+          f"{100 * np.mean(known):.2f} % of dev's, the rest is spelled by characters\n"
+          f"a step: {config.batch_size} clips x {config.gradient_accumulation} accumulated x "
+          f"{place.world} processes = {window} clips; {run.total_steps} steps; {place.device}, "
+          f"{precision}, {torch.get_num_threads()} threads")
+    if config.ctc_weight and run.model.gloss_head is None:
+        print("warning: ctc_weight is set, but labels.train has no glosses: training is gloss-free")
+    if config.language == "zh" and all(ord(c) < 0x2E80 for e in run.data["dev"].entries for c in e["text"]):
+        print("warning: language is zh, but no text has a Chinese character: set --language")
+    if window < 32:
+        print(f"warning: batch_size x gradient_accumulation x processes is {window}; the review: 32")
 
 def train(config, inference, args=None):
     """Train as config says, or go on where the run was; returns the exit code."""
@@ -711,34 +705,34 @@ def train(config, inference, args=None):
         demo_banner(config, place)
     for path in (labels := [Path(config.data_dir, f"labels.{split}") for split in ("dev", "train")]):
         load_dataset_file(path)  # which says what is wrong, before there is a folder
-    if config.mt5_path:
-        mt5_folder(config.mt5_path)  # what is missing is said before the poses are read
-    if config.init_from:
-        find_best(config.init_from)
     run = Run(config, inference, place, labels=f"{zlib.crc32(labels[1].read_bytes()):08x}")
-    chosen = [choose_folder(config, run.description(), place.say)] if place.rank == 0 else []
+    chosen = [choose_folder(config, run.description())] if place.rank == 0 else []
     run.folder, last = place.gather(chosen)[0]
+    if config.mt5_path and last is None:
+        mt5_folder(config.mt5_path)  # what is missing is said before the poses are read
+    if config.init_from and last is None:
+        find_best(config.init_from)
     config.output_dir, number = str(run.folder), 0
     with lock_folder(run.folder) if place.rank == 0 else nullcontext():
         state = load_checkpoint(last) if last else None
         if state and state["finished"] and not _differences(run.description(), state["config"]):
             run.folder, run.history = last.parent, state["history"]
             budget = "max_steps" if config.max_steps else "epochs"
-            place.say(f"{run.folder}: this run is finished, at step {state['step']}; nothing was changed. "
-                      f"To go on, raise {budget}; to begin anew, --auto_resume false")
+            print(f"{run.folder}: this run is finished, at step {state['step']}; nothing was changed. "
+                  f"To go on, raise {budget}; to begin anew, --auto_resume false")
         else:
             start(run, state)
-            place.say(f"resumed from {last} at step {run.step}" if state else f"writing to {run.folder}")
+            print(f"resumed from {last} at step {run.step}" if state else f"writing to {run.folder}")
             if place.rank == 0:
                 write_whole(run.folder / "config.json", _json(run.description()))
             number = run_to_end(run)
     if number:
         return 128 + number
     one, two = run.history[0], run.history[-1]
-    place.say(f"next: python train_lite.py evaluate {run.folder} --split test\n"
-              f"dev_loss {one['dev_loss']:.4f} -> {two['dev_loss']:.4f} | exact_match "
-              f"{one['exact_match']:.2f} -> {two['exact_match']:.2f} | best epoch {run.best['epoch']} | "
-              f"{run.folder / 'best'}")
+    print(f"next: python train_lite.py evaluate {run.folder} --split test\n"
+          f"dev_loss {one['dev_loss']:.4f} -> {two['dev_loss']:.4f} | exact_match "
+          f"{one['exact_match']:.2f} -> {two['exact_match']:.2f} | best epoch {run.best['epoch']} | "
+          f"{run.folder / 'best'}")
     return 0
 
 def run_to_end(run):
@@ -751,7 +745,7 @@ def run_to_end(run):
             number = stopped.args[0]
         if number:  # outside of `except`, whose traceback would keep the loading processes
             try_to_save(run, last_chance=True)
-            run.place.say(f"stopped by signal {number} at step {run.step}; the same command goes on")
+            print(f"stopped by signal {number} at step {run.step}; the same command goes on")
         elif run.place.rank == 0:
             draw_curves(run)
     if run.writer:
@@ -760,8 +754,8 @@ def run_to_end(run):
 
 def demo_banner(config, place):
     """Say that this is the demo, and write its corpus on first use."""
-    place.say(f"There is no data in {DEFAULT_DATA_DIR}, so this is the built-in DEMO of synthetic signers: "
-              "the code learns, but does not read people. For data of your own: --data_dir FOLDER")
+    print(f"There is no data in {DEFAULT_DATA_DIR}, so this is the built-in DEMO of synthetic signers: "
+          "the code learns, but does not read people. For data of your own: --data_dir FOLDER")
     if place.rank == 0 and not Path(config.data_dir).exists():
         make_demo_corpus(config.data_dir)
     place.gather()
@@ -832,7 +826,7 @@ def check_command(config, inference, args):
         codec = make_codec(config, [e["text"] for e in data["train"].entries]) if "train" in data else None
     except ConfigError as error:
         print(f"warning: texts are not counted in pieces: {error}")
-    print("\n".join(data_report(data, codec)), flush=True)
+    print("\n".join(data_report(data, codec)))
     if args.plot and data:
         draw_poses(data, args.plot)
     print("".join(f"error: {problem}\n" for problem in problems), end="", file=sys.stderr)
@@ -879,7 +873,7 @@ def evaluate_command(config, inference, args):
     if config.max_length > model.config.max_length:
         raise ConfigError(f"max_length is {config.max_length}, the model takes {model.config.max_length}")
     config.output_dir = ""  # evaluating leaves no cache behind
-    dataset = SignLanguageDataset(Path(config.data_dir, f"labels.{args.split}"), config, args.split)
+    dataset = SignLanguageDataset(Path(config.data_dir, f"labels.{args.split}"), config, "evaluated")
     dataset.encode = model.codec.encode
     loader = make_loader(dataset, max(config.batch_size, EVAL_BATCH), place)
     constant = _read_json(folder / "config.json").get("constant", "")
@@ -918,13 +912,13 @@ def translate_command(config, inference, args):
                 clips.append((path, read_clip(path, model.config)))
             except (DataError, pickle.UnpicklingError, OSError) as error:
                 bad = 1
-                print(f"error: {error}", file=sys.stderr, flush=True)
+                print(f"error: {error}", file=sys.stderr)
         if clips:
             with on_device(pad_poses([pose for _, pose in clips]), place) as src_input, place.autocast():
                 texts = model.generate(src_input, **asdict(inference))
         for (path, _), text in zip(clips, texts):
             as_json = json.dumps({"clip": path, "text": text}, ensure_ascii=False)
-            print(as_json if args.json else f"{path}\t{text}", flush=True)
+            print(as_json if args.json else f"{path}\t{text}")
     return bad
 
 # ----------------------------------------------------------------------------------- the command line
@@ -941,6 +935,8 @@ def make_parser(command):
     headers = re.findall(r"# --- (.+) ---\n +(\w+):", inspect.getsource(TrainConfig))
     titles, group = {name: title for title, name in headers} | {"num_beams": "decoding"}, parser._optionals
     for action in list(group._group_actions):
+        if action.option_strings[0].startswith("--no_"):  # HfArgumentParser's twins of options that are on
+            action.help = argparse.SUPPRESS
         group = parser.add_argument_group(titles[action.dest]) if action.dest in titles else group
         parser._optionals._group_actions.remove(action)
         group._group_actions.append(action)
@@ -972,7 +968,7 @@ def parse(argv):
         defaults |= defaults.get("inference", {})
     elif untouched and "data_dir" not in given and not Path(DEFAULT_DATA_DIR).exists():
         kind = DemoConfig
-    elif args.mt5_path == "":
+    elif given.get("mt5_path", TrainConfig().mt5_path) == "":
         kind = ScratchConfig
     if given.get("epochs") and "max_steps" not in given:  # who asks for epochs gets epochs
         defaults["max_steps"] = 0
@@ -984,6 +980,7 @@ def main(argv=None):
     """Run a command; returns the exit code. What the user can mend is one clear message, no traceback."""
     try:
         try:
+            sys.stdout.reconfigure(line_buffering=True)  # a log is read while it grows
             command, *rest = parse(sys.argv[1:] if argv is None else argv)
             return COMMANDS[command](*rest)
         finally:
@@ -992,11 +989,12 @@ def main(argv=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 128 + 13
     except ModuleNotFoundError as error:  # use_tensorboard, check --plot
-        print(f"error: {error}, an optional package: pip install {error.name}", file=sys.stderr, flush=True)
+        print(f"error: {error}, an optional package: pip install {error.name}", file=sys.stderr)
         return 1
     except (ConfigError, DataError, RunError, pickle.UnpicklingError, OSError) as error:
         # of an error in a loading process, its message without that process's traceback
-        print(f"error: {str(error).rpartition('DataError: ')[2]}", file=sys.stderr, flush=True)
+        text = re.sub(r"(?s)^Caught .*\n\S*(DataError|_Refused): ", "", str(error))
+        print(f"error: {text}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

@@ -726,10 +726,21 @@ def test_no_pickle_makes_objects_of_raw_bytes(tmp_path, name):
         load_pose_file(path)
 
 
-def test_bytes_of_another_encoding_are_refused_by_name(tmp_path):
-    (tmp_path / "the_clip.pkl").write_bytes(call("_codecs.encode", "x", "rot13"))
-    with pytest.raises(pickle.UnpicklingError, match="the_clip.pkl.*rot13"):
+def test_no_other_codec_is_called(tmp_path):
+    (tmp_path / "the_clip.pkl").write_bytes(call("_codecs.encode", "xyz", "rot13"))
+    with pytest.raises(DataError, match="the_clip.pkl.*expected, found b'xyz'"):
         load_pose_file(tmp_path / "the_clip.pkl")
+
+
+@pytest.mark.parametrize("put", [b"r\xff\xff\xff\xff", b"p4294967295\n", b"r\0\0\0\1"])
+def test_a_place_in_the_memo_that_nothing_can_have_filled_is_refused(tmp_path, put):
+    """Python would make a table up to it, of 64 GB."""
+    (tmp_path / "clip.pkl").write_bytes(b"\x80\4}" + put + b".")
+    with pytest.raises(pickle.UnpicklingError, match="clip.pkl.*memo"):
+        load_pose_file(tmp_path / "clip.pkl")
+    (tmp_path / "labels.train").write_bytes(gzip.compress(b"\x80\4}" + put + b"."))
+    with pytest.raises(pickle.UnpicklingError, match="labels.train.*memo"):
+        load_dataset_file(tmp_path / "labels.train")
 
 
 def test_a_pickle_cannot_change_the_functions_that_it_may_call(tmp_path, monkeypatch):
@@ -1068,6 +1079,10 @@ def test_a_clip_with_few_usable_frames_never_stops_a_run_later(tmp_path, phase, 
     scores[:17], scores[18:] = 0, 0  # the body is seen in one frame of 40
     label = write_corpus(tmp_path, {"a": (keypoints, scores)})
     dataset = SignLanguageDataset(label, scratch_config(max_length=8, augment=augment), phase)
+    roomy = SignLanguageDataset(label, scratch_config(augment=augment, ctc_weight=0.5), phase)
+    need = roomy.config.temporal_stride * datasets_lite.ctc_positions(roomy.entries[0]["gloss"])
+    for roomy.epoch in range(30):
+        assert len(roomy[0][1]["body"]) >= need, f"epoch {roomy.epoch}: too few frames for CTC"
     for dataset.epoch in range(30):
         assert dataset[0][1]["body"].any(), f"epoch {dataset.epoch}"
 

@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT, batch_of, entry, random_clip, scratch_config, scratch_model, shared, without_dropout
 from conftest import write_corpus, write_labels, write_pose
 
+import datasets_lite
 import train_lite
 from config_lite import InferenceConfig, TrainConfig
 from datasets_lite import DataError, LengthBatchSampler, load_dataset_file
@@ -396,7 +397,7 @@ def test_a_checkpoint_that_runs_code_is_refused_and_runs_nothing(tmp_path):
 
 def test_last_pt_holds_plain_data_only(finished):
     state = torch.load(finished / "last.pt", weights_only=True)
-    assert {"model", "optimizer", "scheduler", "epoch", "batch", "window", "history", "config", "pieces"} <= state.keys()
+    assert {"model", "optimizer", "scheduler", "epoch", "batch", "window", "history", "config", "made_of"} <= state.keys()
 
 
 def test_two_processes_train_like_one(demo, tmp_path):
@@ -578,3 +579,61 @@ def test_the_command_line_picks_the_right_configuration(demo, tmp_path, monkeypa
     kinds = [type(train_lite.parse(argv)[1]).__name__ for argv in (
         [], ["--mt5_path="], ["--data_dir", str(demo)], ["--data_dir", str(demo), "--mt5_path", ""])]
     assert kinds == ["DemoConfig", "DemoConfig", "TrainConfig", "ScratchConfig"]
+    monkeypatch.setattr(train_lite.TrainConfig.__init__, "__defaults__", tuple(
+        "" if value == "google/mt5-small" else value for value in train_lite.TrainConfig.__init__.__defaults__))
+    assert type(train_lite.parse(["--data_dir", str(demo)])[1]).__name__ == "ScratchConfig", "edited in config_lite.py"
+
+
+def test_evaluating_the_training_split_augments_nothing(finished, demo, monkeypatch, tmp_path):
+    shutil.copytree(finished / "best", tmp_path / "best")
+    monkeypatch.setattr(datasets_lite, "augment_clip", None)  # whoever calls it fails
+    assert command("evaluate", tmp_path / "best", "--split", "train", "--data_dir", demo, "--augment", "true") == 0
+    assert "exact_match" in json.loads((tmp_path / "best" / "metrics_train.json").read_text())
+
+
+def test_a_damaged_best_is_named(finished, tmp_path, capsys):
+    for name, words in (("spiece.model", "tokeniser"), ("model.safetensors", "damaged"), ("config.json", "damaged")):
+        folder = shutil.copytree(finished / "best", tmp_path / name)
+        for file in folder.glob("tokenizer*" if name == "spiece.model" else name):
+            file.unlink() if name == "spiece.model" else file.write_bytes(b"[]")
+        assert command("translate", folder, "clip.pkl") == 1
+        error = capsys.readouterr().err
+        assert str(folder) in error and words in error and "Traceback" not in error, error
+
+
+def test_a_clip_that_is_lost_between_two_starts_stops_the_second_by_name(demo, tmp_path, capsys):
+    """Else the epoch would go on with other clips than it began with."""
+    corpus = shutil.copytree(demo, tmp_path / "corpus")
+    assert tiny_run(corpus, tmp_path / "run", 2, "--on_bad_clip", "skip") == 0
+    (corpus / "pose_format" / "train_00003.pkl").unlink()
+    assert tiny_run(corpus, tmp_path / "run", 4, "--on_bad_clip", "skip") == 1
+    assert "other" in (error := capsys.readouterr().err) and "clips" in error and "--auto_resume false" in error
+
+
+def test_a_pretrained_run_goes_on_as_if_never_stopped(demo, mt5_folder, tmp_path):
+    flags = ["--data_dir", demo, "--mt5_path", mt5_folder, "--max_new_tokens", 4, "--num_workers", 0, "--batch_size", 8,
+             "--gradient_accumulation", 2, "--warmup_epochs", 0, "--ctc_weight", 0.5]
+    assert command(*flags, "--output_dir", tmp_path / "whole", "--epochs", 2) == 0
+    state = {"steps": 0}
+    original = train_lite.optimiser_step
+
+    def stop_after_two(run):
+        original(run)
+        state["steps"] += 1
+        if state["steps"] == 2:
+            run.signals.number = 15
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_lite, "optimiser_step", stop_after_two)
+        assert command(*flags, "--output_dir", tmp_path / "parts", "--epochs", 2) == 128 + 15
+    assert command(*flags, "--output_dir", tmp_path / "parts", "--epochs", 2) == 0
+    assert_equal_parameters(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_finished_run_needs_nothing_that_it_no_longer_reads(finished, demo, tmp_path, capsys):
+    first = shutil.copytree(finished / "best", tmp_path / "first")
+    run = tmp_path / "run"
+    assert tiny_run(demo, run, 2, "--init_from", first) == 0
+    shutil.rmtree(first)
+    assert tiny_run(demo, run, 2, "--init_from", first) == 0
+    assert "this run is finished" in capsys.readouterr().out
+    assert tiny_run(demo, run, 4, "--init_from", first) == 0, "nor does a longer budget read it again"
