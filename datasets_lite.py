@@ -90,8 +90,8 @@ class _SafeUnpickler(pickle.Unpickler):
         return self.ALLOWED[known]
 
 def _unpickle(raw, known=False):
-    """bytes -> what they build. Refused is a PUT at a place of the memo that the opcodes before it cannot have
-    filled: for 2**32 Python would make a table of 64 GB. To look takes longer than to load: once a file."""
+    """bytes -> what they build. Refused is a PUT at a place of the memo that the opcodes before it cannot
+    have filled: for 2**32 Python would make a table of 64 GB. To look takes longer than to load: once a file."""
     for count, (opcode, place, at) in enumerate(() if known else pickletools.genops(raw)):
         if "PUT" in opcode.name and place > count:
             raise _Refused(f"place {place:,} of a memo of {count:,}, at byte {at}")
@@ -200,7 +200,7 @@ def load_pose_file(path, known=False):
         return keypoints, scores
 
 def _read_npz(path):
-    with np.load(path, allow_pickle=False) as archive, warnings.catch_warnings():
+    with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as archive, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numpy's, about headers that Python 2 wrote
         for member in archive.zip.infolist():
             _check_size(path, member.file_size, f"{member.filename} unpacks to")
