@@ -349,8 +349,7 @@ class SignLanguageLite(nn.Module):
         return model.eval()
 
 def find_best(path):
-    """A run's folder, or its best/ -> the folder with the model; best.old where a crash left only that.
-    Raises DataError where there is none."""
+    """A run's folder, or its best/ -> where the model is; best.old, where a crash left that. Or DataError."""
     for folder in (Path(path, "best"), Path(path, "best.old"), Path(path), Path(f"{Path(path)}.old")):
         if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
             return folder

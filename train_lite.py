@@ -103,7 +103,6 @@ def find_place(config):
     device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
-        torch.cuda.reset_peak_memory_stats(device)
     if rank:
         sys.stdout = open(os.devnull, "w")  # said once, not once a process
     torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32
@@ -411,7 +410,7 @@ class Run:
     """All that changes while a run goes on, and what it works with."""
     def __init__(self, config, inference, place, **more):
         self.config, self.inference, self.place, self.folder = config, inference, place, Path()
-        self.labels, self.constant = "", ""  # digest of labels.train; its most frequent text
+        self.labels, self.constant = "", ""  # digest of dev's and train's; train's most frequent text
         self.epoch = self.batch = 0  # batch: of this process, within the epoch
         self.step = self.total_steps = self.skipped = self.bad_in_a_row = 0  # optimiser steps
         self.window, self.meter = Counter(), Counter()  # sums since the last step; since the last validation
@@ -662,6 +661,8 @@ def start(run, state):
     if config.use_tensorboard and place.rank == 0:
         from torch.utils.tensorboard import SummaryWriter
         run.writer = SummaryWriter(Path(config.log_dir, run.folder.name))
+        with suppress(ImportError):  # matplotlib
+            run.writer.add_figure("poses", draw_poses(run.data))
     print_plan(run, window)
 
 def restore(run, state):
@@ -705,7 +706,7 @@ def train(config, inference, args=None):
         demo_banner(config, place)
     for path in (labels := [Path(config.data_dir, f"labels.{split}") for split in ("dev", "train")]):
         load_dataset_file(path)  # which says what is wrong, before there is a folder
-    run = Run(config, inference, place, labels=f"{zlib.crc32(labels[1].read_bytes()):08x}")
+    run = Run(config, inference, place, labels=f"{zlib.crc32(b''.join(map(Path.read_bytes, labels))):08x}")
     chosen = [choose_folder(config, run.description())] if place.rank == 0 else []
     run.folder, last = place.gather(chosen)[0]
     if config.mt5_path and last is None:
@@ -828,13 +829,14 @@ def check_command(config, inference, args):
         print(f"warning: texts are not counted in pieces: {error}")
     print("\n".join(data_report(data, codec)))
     if args.plot and data:
-        draw_poses(data, args.plot)
+        draw_poses(data).savefig(args.plot, dpi=100, bbox_inches="tight")
+        print(f"contact sheet: {args.plot}")
     print("".join(f"error: {problem}\n" for problem in problems), end="", file=sys.stderr)
     print(f"{len(problems)} errors" if problems else "no errors; next: python train_lite.py, same options")
     return 1 if problems else 0
 
-def draw_poses(data, path, clips=2, shots=8):
-    """A contact sheet: clips of each split, frames side by side, the joints read; unseen ones in red."""
+def draw_poses(data, clips=2, shots=8):
+    """A contact sheet (a Figure): clips of each split, frames side by side, joints read, unseen in red."""
     from matplotlib.figure import Figure
     files = [dataset.paths[i] for dataset in data.values()
              for i in np.linspace(0, len(dataset) - 1, clips).astype(int)]
@@ -852,8 +854,7 @@ def draw_poses(data, path, clips=2, shots=8):
             axes.plot(*np.clip(unseen, low, high).T, "rx", ms=3)
             axes.set(xlim=(low[0], high[0]), ylim=(high[1], low[1]), xticks=[], yticks=[], aspect="equal")
         row[0].set_title(file.stem, loc="left", fontsize=8)
-    figure.savefig(path, dpi=100, bbox_inches="tight")
-    print(f"contact sheet: {path}")
+    return figure
 
 def draw_curves(run):
     """curves.png, where matplotlib is installed: losses and scores over steps. No error: the run is done."""
@@ -875,6 +876,7 @@ def evaluate_command(config, inference, args):
     config.output_dir = ""  # evaluating leaves no cache behind
     dataset = SignLanguageDataset(Path(config.data_dir, f"labels.{args.split}"), config, "evaluated")
     dataset.encode = model.codec.encode
+    print("\n".join(data_report({args.split: dataset}, model.codec)), file=sys.stderr)
     loader = make_loader(dataset, max(config.batch_size, EVAL_BATCH), place)
     constant = _read_json(folder / "config.json").get("constant", "")
     metrics, rows = evaluate(model, loader, inference, place, constant)

@@ -637,3 +637,28 @@ def test_a_finished_run_needs_nothing_that_it_no_longer_reads(finished, demo, tm
     assert tiny_run(demo, run, 2, "--init_from", first) == 0
     assert "this run is finished" in capsys.readouterr().out
     assert tiny_run(demo, run, 4, "--init_from", first) == 0, "nor does a longer budget read it again"
+
+
+def test_evaluating_on_other_texts_names_those_that_the_vocabulary_cannot_spell(finished, demo, tmp_path, capsys):
+    corpus = shutil.copytree(demo, tmp_path / "corpus")
+    labels = load_dataset_file(corpus / "labels.test")
+    next(iter(labels.values()))["text"] = "ქართული"
+    write_labels(corpus / "labels.test", labels)
+    folder = shutil.copytree(finished / "best", tmp_path / "best")
+    assert command("evaluate", folder, "--split", "test", "--data_dir", corpus) == 0
+    done = capsys.readouterr()
+    assert "cannot spell 1 texts, first 'ქართული'" in done.err and done.out.startswith("exact_match "), done.err
+
+
+def test_tensorboard_gets_scalars_texts_and_the_contact_sheet(demo, tmp_path):
+    pytest.importorskip("tensorboard", reason="pip install tensorboard")
+    pytest.importorskip("matplotlib", reason="pip install matplotlib")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    assert tiny_run(demo, tmp_path / "run", 4, "--use_tensorboard", "true", "--log_dir", tmp_path / "tb",
+                    "--log_interval", 2) == 0
+    events = EventAccumulator(str(tmp_path / "tb" / "run"))
+    events.Reload()
+    assert {"train/loss", "train/lr", "dev/bleu4", "dev/exact_match"} <= set(events.Tags()["scalars"])
+    assert events.Tags()["images"] == ["poses"] and "dev/samples/text_summary" in events.Tags()["tensors"]
+    assert [event.step for event in events.Scalars("train/loss")] == [2, 4]
+    assert (tmp_path / "run" / "curves.png").read_bytes()[:4] == b"\x89PNG"
