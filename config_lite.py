@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, fields
 from typing import Literal
 
 DEFAULT_DATA_DIR = "data/CSL_Daily_lite"
-DEMO_DATA_DIR = "data/demo"
 
 class ConfigError(ValueError):
     """A setting is out of range or contradicts another; the message names field, value and what would do."""
@@ -115,7 +114,7 @@ class ScratchConfig(TrainConfig):
 @dataclass(slots=True)
 class DemoConfig(ScratchConfig):
     """The built-in corpus, in under five minutes on two cores."""
-    data_dir: str = DEMO_DATA_DIR
+    data_dir: str = "data/demo"
     max_steps: int = 800
 
 def _check_types(config):

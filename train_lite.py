@@ -104,7 +104,7 @@ def find_place(config):
     if kind == "cuda":
         torch.cuda.set_device(device)
     if rank:
-        sys.stdout = open(os.devnull, "w")  # said once, not once a process
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # said once, not once a process
     torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32
     if world > 1 and not dist.is_initialized():  # hours: the others wait while the first reads a large corpus
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(hours=6))
@@ -429,7 +429,6 @@ class Run:
 
     @property
     def validated(self):
-        """Whether dev was scored at this step."""
         return bool(self.history) and self.history[-1]["step"] == self.step
 
     @property
@@ -633,7 +632,7 @@ def build_model(config, data, state=None):
 def _made_of(model, data):
     """What a resumed run must find again; the clips come in the data's order."""
     return {"pieces": model.codec.pieces(), "glosses": model.glosses,
-            "clips": [entry["name"] for entry in data["train"].entries]}
+            "clips": [entry["name"] for split in ("train", "dev") for entry in data[split].entries]}
 
 def start(run, state):
     """Load the data, build the model or restore all that last.pt holds, and print what will happen."""
@@ -783,9 +782,9 @@ def data_report(data, codec):
 
 def _figures(split, dataset, texts, codec):
     """A split's column of the table, {label: figure}, and what in it deserves a second look."""
-    reports, limit, cut_at = dataset.reports, dataset.config.max_length, dataset.config.max_text_length
+    reports, limit = dataset.reports, dataset.config.max_length
     frames, ids = np.array([r.frames for r in reports]), [codec.ids(text) for text in texts] if codec else []
-    pieces = np.array([len(row) for row in ids] or [0])
+    pieces, cut_at = np.array([len(row) for row in ids] or [0]), (codec or dataset.config).max_text_length
     odd = [text for text, row in zip(texts, ids) if codec.unknown in row]
     (f5, f50, f95), (p5, p50, p95) = (np.percentile(counts, [5, 50, 95]) for counts in (frames, pieces))
     total, over, cut = frames.sum(), 100 * (frames > limit).mean(), 100 * (pieces > cut_at).mean()
@@ -982,7 +981,6 @@ def main(argv=None):
     """Run a command; returns the exit code. What the user can mend is one clear message, no traceback."""
     try:
         try:
-            sys.stdout.reconfigure(line_buffering=True)  # a log is read while it grows
             command, *rest = parse(sys.argv[1:] if argv is None else argv)
             return COMMANDS[command](*rest)
         finally:
@@ -994,9 +992,8 @@ def main(argv=None):
         print(f"error: {error}, an optional package: pip install {error.name}", file=sys.stderr)
         return 1
     except (ConfigError, DataError, RunError, pickle.UnpicklingError, OSError) as error:
-        # of an error in a loading process, its message without that process's traceback
         text = re.sub(r"(?s)^Caught .*\n\S*(DataError|_Refused): ", "", str(error))
-        print(f"error: {text}", file=sys.stderr)
+        print("error:", text.strip(), file=sys.stderr)  # a loading process's without its traceback
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -1005,4 +1002,7 @@ def main(argv=None):
             dist.destroy_process_group()
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # a log is read while it grows
+    # not sys.exit: after an error in a loading process Python would wait a minute for the others, deaf to
+    # SIGTERM; left alone, they see within seconds that their parent is gone
+    os._exit(main())

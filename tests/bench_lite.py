@@ -173,7 +173,7 @@ class Bench:
         optimizer, scheduler = train_lite.make_optimizer(self.model, self.config, 1000, 100)
         self.run = train_lite.Run(self.config, InferenceConfig(), self.place, model=self.model,
                                   net=self.model, optimizer=optimizer, scheduler=scheduler,
-                                  data={"train": self.data})
+                                  data={"train": self.data, "dev": self.data})
         self.batches = self.choose_batches(self.config.batch_size, case.micro_batches)
         self.hold(self.batches[len(self.batches) // 2])
         with FlopCounterMode(display=False) as counter:  # the first pass, which is never timed

@@ -662,3 +662,19 @@ def test_tensorboard_gets_scalars_texts_and_the_contact_sheet(demo, tmp_path):
     assert events.Tags()["images"] == ["poses"] and "dev/samples/text_summary" in events.Tags()["tensors"]
     assert [event.step for event in events.Scalars("train/loss")] == [2, 4]
     assert (tmp_path / "run" / "curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_an_error_in_a_loading_process_is_one_line_and_ends_at_once(demo, tmp_path):
+    """As when a file is replaced after the check: neither the worker's traceback, nor a minute's wait for it."""
+    corpus = shutil.copytree(demo, tmp_path / "corpus")
+    code = ("import sys, train_lite as t; from pathlib import Path; original = t.start\n"
+            "def start(run, state):\n    original(run, state)\n"
+            f"    Path({str(corpus)!r}, 'pose_format', 'train_00003.pkl').write_bytes(b'no pickle')\n"
+            "t.start = start\nexec(open(t.__file__).read().split('if __name__')[1].partition(':')[2].replace('\\n    ', '\\n'),"
+            " vars(t))")
+    flags = ["--data_dir", corpus, "--output_dir", tmp_path / "run", *TINY, 20, "--num_workers", 2]
+    done = subprocess.run([sys.executable, "-c", code, *map(str, flags)], capture_output=True, text=True, cwd=ROOT, timeout=50)
+    assert done.returncode == 1, done.stderr
+    errors = [line for line in done.stderr.splitlines() if "warn" not in line.lower()]
+    assert [line for line in errors if line.startswith("error: ")] == errors[-1:], done.stderr
+    assert "train_00003.pkl" in errors[-1] and "Traceback" not in done.stderr
