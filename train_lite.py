@@ -429,6 +429,7 @@ class Run:
 
     @property
     def validated(self):
+        """Whether dev was scored at this step."""
         return bool(self.history) and self.history[-1]["step"] == self.step
 
     @property
