@@ -91,7 +91,7 @@ class _SafeUnpickler(pickle.Unpickler):
 
 def _unpickle(raw, known=False):
     """bytes -> what they build. Refused is a PUT at a place of the memo that the opcodes before it cannot
-    have filled: for 2**32 Python would make a table of 64 GB. `known`: looked through before, which is slow."""
+    have filled: for 2**32 Python would make a table of 64 GB. `known`: not to look again, which is slow."""
     for count, (opcode, place, at) in enumerate(() if known else pickletools.genops(raw)):
         if "PUT" in opcode.name and place > count:
             raise _Refused(f"place {place:,} of a memo of {count:,}, at byte {at}")
