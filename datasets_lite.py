@@ -71,16 +71,20 @@ class _Array(np.ndarray):
             raise _Refused(f"an array of dtype {dtype.value}")
         super().__setstate__((version, shape, dtype.value, fortran, data))
 
+def _encode(text, encoding):
+    if encoding not in ("latin1", "latin-1"):  # which protocols 0 to 2 write an array's bytes in
+        raise _Refused(f"bytes in the encoding {encoding!s:.100}")
+    return text.encode("latin1")
+
 class _SafeUnpickler(pickle.Unpickler):
     """Builds arrays and plain containers; whatever else a pickle names is refused before it is called."""
     ALLOWED = {
-        "numpy.ndarray": _Array, "numpy.dtype": _Dtype, "builtins.complex": complex,
-        "_codecs.encode": lambda text, encoding: text.encode("latin1"),  # as protocols 0 to 2 write bytes
+        "numpy.ndarray": _Array, "numpy.dtype": _Dtype, "_codecs.encode": _encode,
         "numpy.core.multiarray._reconstruct": lambda kind, shape, code: np.ndarray.__new__(_Array, 0),
         "numpy.core.multiarray.scalar": lambda dtype, data: np.frombuffer(data, dtype.value, 1)[0],
         "numpy.core.numeric._frombuffer": lambda data, dtype, shape, order:
             np.frombuffer(data, dtype.value).reshape(shape, order=order).view(_Array),
-        "builtins.bytearray": lambda data: bytearray(memoryview(data)),
+        "builtins.bytearray": lambda data: bytearray(memoryview(data)), "builtins.complex": complex,
         "builtins.set": set, "builtins.frozenset": frozenset, "collections.OrderedDict": OrderedDict}
 
     def find_class(self, module, name):

@@ -232,9 +232,7 @@ def _text_scores(predictions, references, language, constant):
 
 def collapse_warning(metrics, predictions):
     """A sentence where the outputs do not depend on the poses, else "".
-
-    chrF tells, not BLEU-4, which is 0 for one-word texts whatever the model does.
-    """
+    chrF tells, not BLEU-4, which is 0 for one-word texts whatever the model does."""
     top, count = Counter(predictions).most_common(1)[0]
     gap = metrics["chrf"] - metrics["shuffled_chrf"]
     varied = metrics["unique_ratio"] / metrics["reference_unique_ratio"]
@@ -1004,6 +1002,5 @@ def main(argv=None):
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # a log is read while it grows
-    # not sys.exit: after an error in a loading process Python would wait a minute for the others, deaf to
-    # SIGTERM; left alone, they see within seconds that their parent is gone
+    # not sys.exit: after an error Python would wait a minute for the loading processes, deaf to SIGTERM
     os._exit(main())

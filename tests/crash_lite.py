@@ -4,7 +4,7 @@
 
 Each kill is a SIGKILL between 0 and 3 s after the run began to train (every third one waits for a file that is
 being written); then the same command goes on. At the end every parameter must be equal, bit for bit, last.pt and
-best/ must have been readable after every kill, and metrics.jsonl must tell the same story. About 15 minutes on 2 cores.
+best/ must have been readable after every kill, and metrics.jsonl must tell the same story. About 10 minutes on 2 cores.
 """
 import argparse
 import json
