@@ -175,7 +175,7 @@ class SignLanguageLite(nn.Module):
         self.temporal = nn.ModuleList([TemporalBlock(d_model), TemporalBlock(d_model)])
         self.proj = nn.Linear(config.temporal_stride * d_model, d_model)
         self.layer_norm = nn.LayerNorm(d_model)
-        nn.init.constant_(self.layer_norm.weight, 0.5)  # poses at half of unit scale: beside them position counts
+        nn.init.constant_(self.layer_norm.weight, 0.5)  # at unit scale the poses drown the position
         positions, kind = math.ceil(config.max_length / config.temporal_stride), config.position_encoding
         self.position = (nn.Identity() if kind == "none" else
                          SinusoidalPositionalEncoding(d_model, positions, learned=kind == "learned"))

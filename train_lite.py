@@ -335,8 +335,7 @@ def save_checkpoint(path, run):
 
 def load_checkpoint(path):
     """last.pt -> its contents, on the CPU. Raises RunError for what is not a checkpoint of this project."""
-    path = Path(path)
-    if path.suffix == ".pth":
+    if str(path).endswith(".pth"):
         raise RunError(f"{path}: a checkpoint of the original scripts, of no use here: its front-end "
                        "averages the joints away, its labels are shifted twice. Start anew, without --resume")
     try:

@@ -294,6 +294,14 @@ def no_convolution(right, width):
     return block
 
 
+@instead_of(SignLanguageLite, "_init_weights")
+def poses_at_unit_scale(right, model):
+    """LayerNorm starts at 1, its default: the poses are then as large beside the position as they come."""
+    right(model)
+    prove("the norm before the position starts at 1", model.layer_norm.weight.max() < 1)
+    nn.init.ones_(model.layer_norm.weight)
+
+
 @instead_of(models_lite, "part_features")
 def no_velocities(right, part):
     """Each frame's features are made as if it were a clip of its own."""
@@ -499,6 +507,7 @@ ROWS = {
     "graph": Row("graph layers instead of flattened joints", patches=(graph_layers,)),
     "no_convolution": Row("no temporal convolution", patches=(no_convolution,)),
     "no_position": Row("no position", {"position_encoding": "none"}),
+    "unit_scale": Row("poses not scaled down beside the position", patches=(poses_at_unit_scale,)),
     "learned_position": Row("learned position", {"position_encoding": "learned"}),
     "smoothing": Row("label smoothing 0.1", {"label_smoothing": 0.1}),
     "no_ctc": Row("CTC off", {"ctc_weight": 0.0}),

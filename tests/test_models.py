@@ -422,6 +422,16 @@ def test_the_sinusoid_is_the_paper_s_and_is_added_after_the_projection(clips, st
             assert added == pytest.approx(wanted, abs=1e-5), f"position {position}, pair {i}"
 
 
+def test_the_poses_start_smaller_than_the_position_beside_them(clips):
+    """At unit scale they drown it, and what it is for, a sign twice in a row, is read as one."""
+    src_input, _ = batch_of(clips, [0])
+    with torch.no_grad():
+        poses, _ = scratch_model(clips, position_encoding="none").encode_pose(src_input)
+        both, _ = scratch_model(clips, position_encoding="sinusoidal").encode_pose(src_input)
+    sizes = [x.square().mean().sqrt().item() for x in (poses, both - poses)]
+    assert sizes == pytest.approx([0.5, 0.5 ** 0.5], abs=0.01)
+
+
 def test_learned_positions_are_added_and_learn(clips):
     model = without_dropout(scratch_model(clips, position_encoding="learned", max_length=128))
     (name, table), = [(n, p) for n, p in model.named_parameters() if "position" in n]
