@@ -105,7 +105,7 @@ class ScratchConfig(TrainConfig):
     learning_rate: float = 1e-3
     batch_size: int = 32
     gradient_accumulation: int = 1
-    max_steps: int = 2000
+    max_steps: int = 1500
     val_interval: int = 5
     ctc_weight: float = 0.5
     augment: bool = True

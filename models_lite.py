@@ -120,8 +120,8 @@ class SinusoidalPositionalEncoding(nn.Module):
         if learned:
             self.table = nn.Parameter(0.02 * torch.randn_like(table))
 
-    def forward(self, x):
-        return x + self.table[:x.shape[1]]
+    def forward(self, x, begin=0):
+        return x + self.table[begin:begin + x.shape[1]]
 
 class TemporalBlock(nn.Module):
     """x + convolution over 5 frames of norm(x); what the convolution reads beyond a clip's end is zero."""
@@ -179,6 +179,9 @@ class SignLanguageLite(nn.Module):
         positions, kind = math.ceil(config.max_length / config.temporal_stride), config.position_encoding
         self.position = (nn.Identity() if kind == "none" else
                          SinusoidalPositionalEncoding(d_model, positions, learned=kind == "learned"))
+        self.piece_position = SinusoidalPositionalEncoding(d_model, 2 * config.max_text_length)
+        if not config.mt5_path:  # a pretrained decoder has learnt to count
+            self.mt5_model.decoder.register_forward_pre_hook(self._number_pieces, with_kwargs=True)
         self.gloss_head = nn.Linear(d_model, 2 + len(self.glosses)) if self.glosses else None
         self._init_weights()
         if config.gradient_checkpointing:
@@ -235,6 +238,13 @@ class SignLanguageLite(nn.Module):
         """-> hidden states (B, T', d_model) of mT5's encoder, mask (B, T')."""
         embeddings, mask = self.encode_pose(src_input)
         return self.mt5_model.encoder(inputs_embeds=embeddings, attention_mask=mask).last_hidden_state, mask
+
+    def _number_pieces(self, decoder, args, inputs):
+        """From scratch the decoder's input has positions, too: by T5's relative bias alone it loses count of
+        a word that is said twice, and leaves it out or repeats it without end."""
+        ids, past = inputs.pop("input_ids"), inputs.get("past_key_values")
+        begin = past.get_seq_length() if past is not None else 0
+        return args, inputs | {"inputs_embeds": self.piece_position(decoder.embed_tokens(ids), begin)}
 
     def forward(self, src_input, tgt_input):
         """One batch -> loss (differentiated, per target token), nll (the plain one, detached), num_tokens,

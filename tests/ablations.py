@@ -302,6 +302,15 @@ def poses_at_unit_scale(right, model):
     nn.init.ones_(model.layer_norm.weight)
 
 
+@instead_of(SignLanguageLite, "_number_pieces")
+def no_decoder_position(right, model, decoder, args, inputs):
+    """The decoder tells its pieces' places by T5's relative bias alone."""
+    _, numbered = right(model, decoder, args, dict(inputs))
+    plain = decoder.embed_tokens(inputs["input_ids"])
+    prove("the decoder's input has no positions", PROOFS or not torch.equal(numbered["inputs_embeds"], plain))
+    return args, inputs
+
+
 @instead_of(models_lite, "part_features")
 def no_velocities(right, part):
     """Each frame's features are made as if it were a clip of its own."""
@@ -508,6 +517,7 @@ ROWS = {
     "no_convolution": Row("no temporal convolution", patches=(no_convolution,)),
     "no_position": Row("no position", {"position_encoding": "none"}),
     "unit_scale": Row("poses not scaled down beside the position", patches=(poses_at_unit_scale,)),
+    "no_decoder_position": Row("no position in the decoder", patches=(no_decoder_position,)),
     "learned_position": Row("learned position", {"position_encoding": "learned"}),
     "smoothing": Row("label smoothing 0.1", {"label_smoothing": 0.1}),
     "no_ctc": Row("CTC off", {"ctc_weight": 0.0}),
