@@ -30,7 +30,6 @@ class InferenceConfig:
         _check_types(self)
         _require(self, "num_beams", self.num_beams >= 1, "at least 1")
         _require(self, "max_new_tokens", self.max_new_tokens >= 1, "at least 1")
-        _require(self, "no_repeat_ngram_size", self.no_repeat_ngram_size >= 0, "0 (off) or more")
 
 @dataclass(slots=True)
 class TrainConfig:

@@ -432,8 +432,7 @@ def ctc_positions(target):
 def read_clip(path, config, rng=None, least=1, known=False):
     """The one way from a pose file to {body, left, right}: training (with rng), evaluation, one clip.
     Augmentation shortens no clip below `least` frames. Raises as `load_pose_file` does."""
-    stored = [array.take(USED, 1) for array in load_pose_file(path, known)]
-    keypoints, scores = stored
+    keypoints, scores = stored = [array.take(USED, 1) for array in load_pose_file(path, known)]
     if rng is not None and config.augment:
         keypoints, scores = augment_clip(keypoints, scores, rng, least)
     frames = sample_frames(len(scores), config.max_length, rng)
@@ -518,8 +517,7 @@ DEMO_WORDS = {
     "greeting": (0.1, "{}，", "你好"), "time": (0.6, "{}", "今天 明天 昨天"),
     "subject": (1, "{}", "我 你 他 妈妈 老师 朋友"), "place": (0.5, "在{}", "学校 家 商店 医院"),
     "not": (0.3, "{}", "不"), "verb": (1, "{}", "买 找 看 喜欢 要 卖"), "adjective": (0.5, "{}的", "大 小 红 新"),
-    "object": (1, "{}", "书 水 花 车 鱼 苹果 衣服 手机 电脑"), "question": (0.3, "{}？", "吗"),
-    "thanks": (0.1, "{}！", "谢谢")}
+    "object": (1, "{}", "书 水 花 车 鱼 苹果 衣服 手机 电脑"), "question": (0.3, "{}？", "吗"), "thanks": (0.1, "{}！", "谢谢")}
 DEMO_ORDER = "greeting time place subject object adjective verb not question thanks".split()  # of the signs
 DEMO_SPLITS = {"train": 1600, "dev": 120, "test": 120}
 # A hand: flexion of 5 fingers, their spread, the palm's angle. Points are x + 1j * y, y down, in shoulder

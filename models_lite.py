@@ -240,8 +240,7 @@ class SignLanguageLite(nn.Module):
         return self.mt5_model.encoder(inputs_embeds=embeddings, attention_mask=mask).last_hidden_state, mask
 
     def _number_pieces(self, decoder, args, inputs):
-        """From scratch the decoder's input has positions, too: by T5's relative bias alone it loses count of
-        a word that is said twice, and leaves it out or repeats it without end."""
+        """Position for the decoder's input, too: T5's relative bias alone loses count of a repeated word."""
         ids, past = inputs.pop("input_ids"), inputs.get("past_key_values")
         begin = past.get_seq_length() if past is not None else 0
         return args, inputs | {"inputs_embeds": self.piece_position(decoder.embed_tokens(ids), begin)}

@@ -38,7 +38,7 @@ from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import HfArgumentParser, get_cosine_with_min_lr_schedule_with_warmup_lr_rate
+from transformers import HfArgumentParser, get_cosine_with_min_lr_schedule_with_warmup_lr_rate as cosine
 
 from config_lite import DEFAULT_DATA_DIR, ConfigError, DemoConfig, InferenceConfig, ScratchConfig, TrainConfig
 from datasets_lite import (
@@ -192,9 +192,8 @@ def exchange(texts):
 @torch.no_grad()
 def evaluate(model, data_loader, inference, place=Place(), constant="", stop=lambda: 0):
     """Score a whole split -> (metrics, rows of (index, name, reference, prediction) in the split's order).
-    dev_loss is the plain nll per token. A text depends on its clip alone, so scores for exchanged poses,
-    shuffled_*, need no second decoding. `constant` is the sentence of the constant_bleu4 baseline.
-    Raises Stopped when `stop()` gives a signal's number."""
+    dev_loss: the plain nll per token; `constant`: the sentence of constant_bleu4. A text depends on its clip
+    alone, so the scores shuffled_* decode nothing anew. Raises Stopped at a signal that stop() gives."""
     dataset, plan, started = data_loader.dataset, data_loader.batch_sampler.plan(), time.monotonic()
     rows, sums, was_training = [], [], model.training
     model.eval()
@@ -266,9 +265,8 @@ def on_device(src_input, place):
             raise
         clips, frames = src_input["attention_mask"].shape
         raise RunError(f"out of memory at {clips} clips x {frames} frames ({str(error).splitlines()[0]}). "
-                       "What costs least first: half the batch_size and twice the gradient_accumulation, the "
-                       "same training; gradient_checkpointing; a lower max_length; train_embedding false"
-                       ) from error
+                       "What costs least first: half the batch_size, twice gradient_accumulation: the same "
+                       "training; gradient_checkpointing; lower max_length; train_embedding false") from error
 
 # ----------------------------------------------------------------------------------- what is written
 def write_whole(path, content):
@@ -443,8 +441,7 @@ def make_optimizer(model, config, total_steps, steps_per_epoch):
     longest = total_steps // 10 if config.max_steps else total_steps // 2
     warmup = min(round(config.warmup_epochs * steps_per_epoch), longest)
     # of transformers' two cosines to a minimum, the one whose first step is not lost at rate zero
-    schedule = get_cosine_with_min_lr_schedule_with_warmup_lr_rate
-    return optimizer, schedule(optimizer, warmup, total_steps, min_lr=config.min_lr)
+    return optimizer, cosine(optimizer, warmup, total_steps, min_lr=config.min_lr)
 
 def micro_batch(run, number, counts, src_input, tgt_input, last):
     """Forward and backward of one batch, its loss summed over tokens; at the last, processes exchange."""
@@ -554,11 +551,10 @@ def validate(run):
     stop = (lambda: run.signals.number) if run.place.world == 1 else (lambda: 0)
     scores, rows = evaluate(run.model, run.dev_loader, run.inference, run.place, run.constant, stop)
     tokens, seconds = run.meter["tokens"], run.meter["seconds"]
-    metrics = {"epoch": run.epoch + (run.step > 0), "step": run.step,
-               "train_loss": run.meter["loss"] / tokens if tokens else None, **scores,
-               "lr": run.scheduler.get_last_lr()[0], "skipped_steps": run.skipped,
+    metrics = {"epoch": run.epoch + (run.step > 0), "step": run.step, **scores,
+               "train_loss": run.meter["loss"] / tokens if tokens else None, "skipped_steps": run.skipped,
                "clips_per_second": run.meter["clips"] / seconds if seconds else None,
-               "peak_memory_gb": run.place.peak_memory_gb()}
+               "lr": run.scheduler.get_last_lr()[0], "peak_memory_gb": run.place.peak_memory_gb()}
     run.history.append(metrics)
     run.meter = Counter()
     print_validation(run, metrics, rows)
@@ -799,8 +795,7 @@ def _figures(split, dataset, texts, codec):
         "clips in pixels": sum(r.in_pixels for r in reports)}
     figures |= {} if codec is None else {
         "pieces: 5 %, median, 95 %": f"{p5:.0f} / {p50:.0f} / {p95:.0f}",
-        f"texts cut at max_text_length {cut_at}": f"{cut:.1f} %",
-        "texts with unknown pieces": len(odd)}
+        f"texts cut at max_text_length {cut_at}": f"{cut:.1f} %", "texts with unknown pieces": len(odd)}
     notes = {
         f"{over:.0f} % of {split}'s clips exceed max_length {limit}: --max_length "
         f"{math.ceil(np.percentile(frames, 97))} covers 97 %": over > 5,
@@ -926,10 +921,9 @@ COMMANDS = {"train": train, "check": check_command,
 
 def make_parser(command):
     """The command's parser: its own arguments, then one flag a field of TrainConfig and InferenceConfig."""
-    formats = argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
+    kinds = argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
     parser = HfArgumentParser([TrainConfig, InferenceConfig], prog=f"train_lite.py {command}",
-                              description=__doc__, formatter_class=type("Formatter", formats, {}),
-                              allow_abbrev=False)
+                              formatter_class=type("Two", kinds, {}), description=__doc__, allow_abbrev=False)
     # the groups of --help are config_lite's comment headers, known by the first field under each
     headers = re.findall(r"# --- (.+) ---\n +(\w+):", inspect.getsource(TrainConfig))
     titles, group = {name: title for title, name in headers} | {"num_beams": "decoding"}, parser._optionals
