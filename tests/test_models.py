@@ -432,6 +432,47 @@ def test_the_poses_start_smaller_than_the_position_beside_them(clips):
     assert sizes == pytest.approx([0.5, 0.5 ** 0.5], abs=0.01)
 
 
+def decoder_inputs(model):
+    """A list that fills with what the decoder is given from now on."""
+    seen = []
+    model.mt5_model.decoder.block[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    return seen
+
+
+def test_a_repeated_piece_is_told_from_the_first(clips):
+    """Without a position of its own the decoder loses count of equal pieces one after another."""
+    model = without_dropout(scratch_model(clips))
+    seen, (src_input, tgt_input) = decoder_inputs(model), batch_of(clips, [0])
+    with torch.no_grad():
+        model(src_input, tgt_input | {"labels": torch.full((1, 6), 5)})
+    given, table = seen[0][0], model.mt5_model.shared.weight
+    for place in range(6):
+        added = given[place] - table[5 if place else 0]  # 0: the decoder starts with padding
+        rates = [10000 ** (-i / 32) for i in range(0, 32, 2)]
+        wanted = [wave(place * rate) for rate in rates for wave in (math.sin, math.cos)]
+        assert added.tolist() == pytest.approx(wanted, abs=1e-5), f"piece {place}"
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_piece_s_place_is_the_same_when_decoding_one_by_one(clips, beams):
+    model, src_input = without_dropout(scratch_model(clips)), batch_of(clips, [0, 1])[0]
+    seen = decoder_inputs(model.eval())
+    model.generate(src_input, num_beams=beams, max_new_tokens=5)
+    assert [x.shape[1] for x in seen] == [1] * len(seen) and len(seen) > 1, "one piece a call"
+    table = model.mt5_model.shared.weight
+    for place, given in enumerate(seen):
+        rest = (given[:, 0] - model.piece_position.table[place])[:, None] - table
+        assert rest.abs().amax(-1).amin(-1).max() < 1e-5, f"piece {place}"
+
+
+def test_a_pretrained_decoder_is_given_its_pieces_as_they_are(mt5_folder, clips):
+    model = without_dropout(pretrained_model(mt5_folder, TEXTS))
+    seen, (src_input, tgt_input) = decoder_inputs(model), batch_of(clips, [0])
+    with torch.no_grad():
+        model(src_input, {"labels": torch.full((1, 6), 5), "gt_gloss": [[]]})
+    assert torch.equal(seen[0][0, 1:], model.mt5_model.shared.weight[[5] * 5])
+
+
 def test_learned_positions_are_added_and_learn(clips):
     model = without_dropout(scratch_model(clips, position_encoding="learned", max_length=128))
     (name, table), = [(n, p) for n, p in model.named_parameters() if "position" in n]
