@@ -221,17 +221,18 @@ def evaluate(model, data_loader, inference, place=Place(), constant="", stop=lam
     return metrics, [row[:4] for row in rows]
 
 def _text_scores(predictions, references, language, constant):
-    """The metrics beside their baselines: poses exchanged, one constant sentence, the references' variety."""
-    metrics = compute_metrics(predictions, references, language)
-    shuffled = compute_metrics([predictions[i] for i in exchange(references)], references, language)
+    """The metrics beside their baselines: poses exchanged, one constant sentence, the references' variety.
+    BLEU of an order that no reference reaches is 0 for all: smoothing would give long garbage more."""
+    right = compute_metrics(references, references, language)
+    void = {key: 0.0 for key, value in right.items() if value == 0}
+    metrics = compute_metrics(predictions, references, language) | void
+    shuffled = compute_metrics([predictions[i] for i in exchange(references)], references, language) | void
     metrics |= {f"shuffled_{key}": shuffled[key] for key in ("bleu4", "chrf", "exact_match")}
-    metrics["constant_bleu4"] = compute_metrics([constant] * len(references), references, language)["bleu4"]
-    metrics["reference_unique_ratio"] = compute_metrics(references, references, language)["unique_ratio"]
-    return metrics
+    constant = compute_metrics([constant] * len(references), references, language)["bleu4"]
+    return metrics | {"constant_bleu4": constant, "reference_unique_ratio": right["unique_ratio"]}
 
 def collapse_warning(metrics, predictions):
-    """A sentence where the outputs do not depend on the poses, else "".
-    chrF tells, not BLEU-4, which is 0 for one-word texts whatever the model does."""
+    """A sentence where the outputs do not depend on the poses, else "". chrF tells: it knows single words."""
     top, count = Counter(predictions).most_common(1)[0]
     gap = metrics["chrf"] - metrics["shuffled_chrf"]
     varied = metrics["unique_ratio"] / metrics["reference_unique_ratio"]

@@ -284,6 +284,17 @@ def test_a_run_writes_what_the_contract_says(finished):
     assert not list(finished.rglob("*.part"))
 
 
+def test_bleu_of_an_order_that_no_reference_reaches_tells_nothing():
+    """Smoothing gives long garbage a BLEU-4 above the right words' 0: step 0 would have been the best."""
+    words, garbage = ["sun", "moon", "star"], ["sun sun sun sun sun"] * 3
+    for predictions in (words, garbage):
+        scores = train_lite._text_scores(predictions, words, "en", "sun")
+        assert [scores[key] for key in ("bleu2", "bleu3", "bleu4", "shuffled_bleu4")] == [0] * 4
+    assert compute_metrics(garbage, words, "en")["bleu4"] > 0, "or the test shows nothing"
+    mixed = train_lite._text_scores(["a b c d"], ["a b c d"], "en", "sun")
+    assert mixed["bleu4"] == pytest.approx(100), "a reference that reaches it is scored as before"
+
+
 def test_a_finished_run_changes_nothing(demo, finished, capsys):
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.name != ".lock"}
     assert tiny_run(demo, finished, 12, "--augment", "--gradient_accumulation", 2) == 0
