@@ -406,7 +406,7 @@ class SignLanguageDataset(Dataset):
         return rng, self.config.temporal_stride * ctc_positions(self.entries[index]["gloss"])
 
     def epoch_lengths(self):
-        """Frames of each clip at the speed that this epoch draws: batches sorted by these hold little padding."""
+        """Frames of each clip at this epoch's speed: batches sorted by these hold little padding."""
         if self.phase != "train" or not self.config.augment:
             return self.lengths
         drawn = [_augmented_frames(r.frames, *self._draw(i)) for i, r in enumerate(self.reports)]

@@ -6,7 +6,7 @@
     -> fusion          the three parts of a frame together
     -> temporal        residual convolutions over time, padding masked
     -> proj            temporal_stride frames -> one input position of mT5, layer_norm, absolute position
-    -> mT5 encoder     -> [CTC on glosses] -> mT5 decoder -> loss or text
+    -> mT5 encoder     -> [CTC on glosses] -> mT5 decoder, from scratch with absolute position -> loss or text
 
 B clips, T frames, T' = ceil(T / temporal_stride) positions, V joints, L pieces; mask: 1 = real, 0 = padding.
 """
@@ -110,13 +110,13 @@ def _script(character):
 
 # -------------------------------------------------------------------------------------------------- front-end
 class SinusoidalPositionalEncoding(nn.Module):
-    """Adds Vaswani et al.'s sinusoids to x (B, T', d_model), or vectors that are learnt; T' <= max_length."""
-    def __init__(self, d_model, max_length, learned=False):
+    """Adds Vaswani et al.'s sinusoids, or learnt vectors, to x (B, T', d_model); begin + T' <= max_length."""
+    def __init__(self, d_model, max_length, learned=False, keep=False):
         super().__init__()
         position = torch.arange(max_length)[:, None]
         rate = torch.exp(torch.arange(0, d_model, 2) * (-math.log(10000.0) / d_model))
         table = torch.stack([torch.sin(position * rate), torch.cos(position * rate)], dim=-1).flatten(1)
-        self.register_buffer("table", table, persistent=False)
+        self.register_buffer("table", table, persistent=keep)
         if learned:
             self.table = nn.Parameter(0.02 * torch.randn_like(table))
 
@@ -175,12 +175,12 @@ class SignLanguageLite(nn.Module):
         self.temporal = nn.ModuleList([TemporalBlock(d_model), TemporalBlock(d_model)])
         self.proj = nn.Linear(config.temporal_stride * d_model, d_model)
         self.layer_norm = nn.LayerNorm(d_model)
-        nn.init.constant_(self.layer_norm.weight, 0.5)  # at unit scale the poses drown the position
+        nn.init.constant_(self.layer_norm.weight, 0.5)  # at 1 the poses drown the sinusoids, of RMS 0.7
         positions, kind = math.ceil(config.max_length / config.temporal_stride), config.position_encoding
         self.position = (nn.Identity() if kind == "none" else
                          SinusoidalPositionalEncoding(d_model, positions, learned=kind == "learned"))
-        self.piece_position = SinusoidalPositionalEncoding(d_model, 2 * config.max_text_length)
-        if not config.mt5_path:  # a pretrained decoder has learnt to count
+        if not config.mt5_path:  # a pretrained decoder is given what it knows; keep: older runs are refused
+            self.piece_position = SinusoidalPositionalEncoding(d_model, 2 * config.max_text_length, keep=True)
             self.mt5_model.decoder.register_forward_pre_hook(self._number_pieces, with_kwargs=True)
         self.gloss_head = nn.Linear(d_model, 2 + len(self.glosses)) if self.glosses else None
         self._init_weights()

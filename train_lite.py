@@ -228,7 +228,7 @@ def _text_scores(predictions, references, language, constant):
     metrics = compute_metrics(predictions, references, language) | void
     shuffled = compute_metrics([predictions[i] for i in exchange(references)], references, language) | void
     metrics |= {f"shuffled_{key}": shuffled[key] for key in ("bleu4", "chrf", "exact_match")}
-    constant = compute_metrics([constant] * len(references), references, language)["bleu4"]
+    constant = (compute_metrics([constant] * len(references), references, language) | void)["bleu4"]
     return metrics | {"constant_bleu4": constant, "reference_unique_ratio": right["unique_ratio"]}
 
 def collapse_warning(metrics, predictions):
@@ -772,8 +772,7 @@ def data_report(data, codec):
                 notes.append(f"{shared} of {split}'s {len(own)} texts occur in {other}, too: normal for "
                              "single signs; in sentences the score rewards remembering")
         warnings += [f"warning: {note}" for note in notes]
-    lines = [f"{label:36}" + "".join(f"{cell:>20}" for cell in cells) for label, cells in table.items()]
-    return lines + warnings
+    return [f"{label:36}" + "".join(f"{c:>20}" for c in cells) for label, cells in table.items()] + warnings
 
 def _figures(split, dataset, texts, codec):
     """A split's column of the table, {label: figure}, and what in it deserves a second look."""
@@ -874,7 +873,7 @@ def evaluate_command(config, inference, args):
     constant = _read_json(folder / "config.json").get("constant", "")
     metrics, rows = evaluate(model, loader, inference, place, constant)
     predictions, references = ([_clean(row[i], language) for row in rows] for i in (3, 2))
-    intervals = bootstrap(predictions, references, language)
+    intervals = bootstrap(predictions, references, language) | ({} if metrics["bleu4"] else {"bleu4": ""})
     for key, value in {"exact_match": metrics["exact_match"], **metrics}.items():
         digits = 4 if key == "dev_loss" else 2
         print(key, value if isinstance(value, str) else f"{value:.{digits}f}{intervals.get(key, '')}")

@@ -515,7 +515,7 @@ ROWS = {
     "original_front_end": Row("original front-end, as wide beside d_model", patches=original_front_end(16)),
     "graph": Row("graph layers instead of flattened joints", patches=(graph_layers,)),
     "no_convolution": Row("no temporal convolution", patches=(no_convolution,)),
-    "no_position": Row("no position", {"position_encoding": "none"}),
+    "no_position": Row("no position in the encoder", {"position_encoding": "none"}),
     "unit_scale": Row("poses not scaled down beside the position", patches=(poses_at_unit_scale,)),
     "no_decoder_position": Row("no position in the decoder", patches=(no_decoder_position,)),
     "learned_position": Row("learned position", {"position_encoding": "learned"}),

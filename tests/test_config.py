@@ -55,6 +55,7 @@ SPECIAL = {
     "learning_rate": [1.5],
     "min_lr": [0.1],
     "d_model": [0, 33],
+    "max_text_length": [2**16 + 1],
     "temporal_stride": [0, 3],
     "num_beams": [-1],
     "max_new_tokens": [-1],
@@ -144,7 +145,7 @@ def test_warm_up_may_be_nothing_or_a_fraction():
 
 
 def test_from_scratch_no_pretrained_model_is_asked_for_and_the_budget_is_in_steps():
-    """A budget in epochs would shrink with the data; 2,000 steps stay 2,000 steps at a third of it."""
+    """A budget in epochs would shrink with the data; steps stay steps at a third of it."""
     for kind in (ScratchConfig, DemoConfig):
         config = kind()
         assert isinstance(config, TrainConfig) and config.mt5_path == "" and config.max_steps > 0, (

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import (MT5_SIZES, batch_of, pretrained_config, pretrained_model, save_best, scratch_config,
                       scratch_model, shared, without_dropout)
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import MT5Config, MT5ForConditionalGeneration
 
@@ -463,6 +463,16 @@ def test_a_piece_s_place_is_the_same_when_decoding_one_by_one(clips, beams):
     for place, given in enumerate(seen):
         rest = (given[:, 0] - model.piece_position.table[place])[:, None] - table
         assert rest.abs().amax(-1).amin(-1).max() < 1e-5, f"piece {place}"
+
+
+def test_a_run_from_before_the_decoder_had_positions_is_refused(clips, tmp_path):
+    """Its weights would fit, and every text would be wrong."""
+    best = save_best(scratch_model(clips), tmp_path / "best")
+    weights = load_file(best / "model.safetensors")
+    assert weights.pop("piece_position.table").shape == (128, 32)
+    save_file(weights, best / "model.safetensors")
+    with pytest.raises(DataError, match="piece_position.table"):
+        SignLanguageLite.from_pretrained(best)
 
 
 def test_a_pretrained_decoder_is_given_its_pieces_as_they_are(mt5_folder, clips):

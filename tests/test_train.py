@@ -288,8 +288,8 @@ def test_bleu_of_an_order_that_no_reference_reaches_tells_nothing():
     """Smoothing gives long garbage a BLEU-4 above the right words' 0: step 0 would have been the best."""
     words, garbage = ["sun", "moon", "star"], ["sun sun sun sun sun"] * 3
     for predictions in (words, garbage):
-        scores = train_lite._text_scores(predictions, words, "en", "sun")
-        assert [scores[key] for key in ("bleu2", "bleu3", "bleu4", "shuffled_bleu4")] == [0] * 4
+        scores = train_lite._text_scores(predictions, words, "en", "the sun is very bright")
+        assert [scores[k] for k in ("bleu2", "bleu3", "bleu4", "shuffled_bleu4", "constant_bleu4")] == [0] * 5
     assert compute_metrics(garbage, words, "en")["bleu4"] > 0, "or the test shows nothing"
     mixed = train_lite._text_scores(["a b c d"], ["a b c d"], "en", "sun")
     assert mixed["bleu4"] == pytest.approx(100), "a reference that reaches it is scored as before"
