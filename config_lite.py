@@ -95,7 +95,7 @@ class TrainConfig:
         _require(self, "label_smoothing", self.label_smoothing < 1, "at least 0 and below 1")
         _require(self, "d_model", self.d_model >= 32 and self.d_model % 32 == 0, "a multiple of 32")
         _require(self, "max_text_length", self.max_text_length <= 2**16, "at most 65536")
-        _require(self, "max_length", self.temporal_stride <= self.max_length <= 2**16, "stride to 65536")
+        _require(self, "max_length", self.temporal_stride <= self.max_length <= 2**16, "the stride to 65536")
         _require(self, "seed", self.seed < 2**63, "below 2**63")
 
 @dataclass(slots=True)
