@@ -27,7 +27,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import MT5Config, MT5ForConditionalGeneration, T5Tokenizer
+from transformers import Cache, MT5Config, MT5ForConditionalGeneration, T5Tokenizer
 from transformers.modeling_outputs import BaseModelOutput
 
 from config_lite import ConfigError, TrainConfig
@@ -241,9 +241,9 @@ class SignLanguageLite(nn.Module):
 
     def _number_pieces(self, decoder, args, inputs):
         """Position for the decoder's input, too: T5's relative bias alone loses count of a repeated word."""
-        ids, past = inputs.pop("input_ids"), inputs.get("past_key_values")
-        begin = past.get_seq_length() if past is not None else 0
-        return args, inputs | {"inputs_embeds": self.piece_position(decoder.embed_tokens(ids), begin)}
+        begin = next((x.get_seq_length() for x in inputs.values() if isinstance(x, Cache)), 0)  # of any name
+        embeds = decoder.embed_tokens(inputs.pop("input_ids"))
+        return args, inputs | {"inputs_embeds": self.piece_position(embeds, begin)}
 
     def forward(self, src_input, tgt_input):
         """One batch -> loss (differentiated, per target token), nll (the plain one, detached), num_tokens,

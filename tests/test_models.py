@@ -10,7 +10,7 @@ from conftest import (MT5_SIZES, batch_of, pretrained_config, pretrained_model, 
                       scratch_model, shared, without_dropout)
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import MT5Config, MT5ForConditionalGeneration
+from transformers import DynamicCache, MT5Config, MT5ForConditionalGeneration
 
 from config_lite import ConfigError, InferenceConfig, TrainConfig
 from datasets_lite import BODY, DataError, SignLanguageDataset, load_dataset_file
@@ -463,6 +463,18 @@ def test_a_piece_s_place_is_the_same_when_decoding_one_by_one(clips, beams):
     for place, given in enumerate(seen):
         rest = (given[:, 0] - model.piece_position.table[place])[:, None] - table
         assert rest.abs().amax(-1).amin(-1).max() < 1e-5, f"piece {place}"
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache", "some_later_name"])
+def test_the_decoder_s_cache_is_known_under_any_name(clips, name):
+    """transformers 5.24 renamed the argument; read by its old name, each piece had the first one's place."""
+    model, cache = without_dropout(scratch_model(clips)), DynamicCache()
+    cache.update(*torch.zeros(2, 1, 1, 3, 8), layer_idx=0)  # three pieces are there
+    decoder, ids = model.mt5_model.decoder, torch.tensor([[5]])
+    _, given = model._number_pieces(decoder, (), {"input_ids": ids, name: cache})
+    added = given["inputs_embeds"][0, 0] - model.mt5_model.shared.weight[5]
+    assert torch.allclose(added, model.piece_position.table[3], atol=1e-6)
+    assert "input_ids" not in given and given[name] is cache
 
 
 def test_a_run_from_before_the_decoder_had_positions_is_refused(clips, tmp_path):
