@@ -545,6 +545,8 @@ ROWS |= {
     "text_nothing": Row("pre-trained on text: nothing frozen", {"freeze_decoder_layers": 0}, pretrained=True),
     "text_encoder": Row("pre-trained on text: encoder frozen", {"freeze_decoder_layers": 0},
                         (freezing(all_but_encoder),), pretrained=True),
+    "text_unit_scale": Row("pre-trained on text: review's freezing, poses not scaled down",
+                           {"freeze_decoder_layers": BLOCKS // 2}, (poses_at_unit_scale,), pretrained=True),
     "text_none": Row("the same depth from scratch", {"num_layers": BLOCKS}),
 }
 GROUPS["freezing"], GROUPS["fewer"] = [name for name in ROWS if name.startswith("text_")], []
