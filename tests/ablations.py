@@ -36,6 +36,7 @@ import numpy as np
 import sentencepiece
 import torch
 import torch.nn.functional as F
+import transformers
 from sacrebleu.metrics import BLEU
 from torch import nn
 from torch.utils.data import DataLoader
@@ -643,7 +644,7 @@ def work(job):
 
 # ---------------------------------------------------------------------- all runs, and the table
 
-KEY = ("row", "corpus", "other", "mt5", "seed", "steps", "settings", "smoke")  # what tells runs apart
+KEY = ("row", "corpus", "other", "mt5", "blocks", "seed", "steps", "settings", "smoke")  # tells runs apart
 
 
 def identity(job):
@@ -672,16 +673,18 @@ def run_job(job):
 def make_jobs(args, names):
     """One dict a run, seed by seed, so that a table is there early."""
     jobs, common = [], {"language": args.language, "steps": args.steps, "settings": args.settings,
-                        "smoke": args.smoke, "work": str(args.work), "pretrain": args.pretrain}
+                        "smoke": args.smoke, "work": str(args.work), "pretrain": args.pretrain,
+                        "blocks": BLOCKS}
     pairs = [(args.corpus, args.other, names)]
     if any(ROWS[name].warm for name in names):
         pairs.append((args.other, args.corpus, GROUPS["transfer"]))  # and the other way about
     for seed in range(42, 42 + args.seeds):
         for data_dir, other, name in ((*pair[:2], name) for pair in pairs for name in pair[2]):
-            mt5 = str(args.work / f"mt5-{data_dir.name}-{args.pretrain}") if ROWS[name].pretrained else ""
+            mt5 = args.work / f"mt5-{data_dir.name}-{BLOCKS}-{args.pretrain}"
             first = str(other) if ROWS[name].warm else ""
             jobs.append(common | {"row": name, "seed": seed, "data_dir": str(data_dir),
-                                  "corpus": data_dir.name, "other": first, "mt5": mt5})
+                                  "corpus": data_dir.name, "other": first,
+                                  "mt5": str(mt5) if ROWS[name].pretrained else ""})
     return jobs
 
 
@@ -690,7 +693,7 @@ def run_all(jobs, results, args):
     todo, failures = [job for job in jobs if identity(job) not in results], 0
     command = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
     commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    stamp = {"commit": commit, "torch": torch.__version__}
+    stamp = {"commit": commit, "torch": torch.__version__, "transformers": transformers.__version__}
     for mt5, job in {job["mt5"]: job for job in todo if job["mt5"]}.items():
         if not Path(mt5, "model.safetensors").is_file():
             print(f"pre-training {mt5} on text", flush=True)
