@@ -12,6 +12,7 @@
 A configuration has a process to itself, so that its peak memory is its own. Two of them are timed in turns,
 A B A B ..., and a ratio is the median of the turns' ratios: a machine that slows down slows both.
 """
+
 import argparse
 import contextlib
 import gzip
@@ -41,16 +42,27 @@ from transformers import MT5Config, MT5ForConditionalGeneration
 import models_lite
 import train_lite
 from config_lite import DemoConfig, InferenceConfig, TrainConfig
-from datasets_lite import JOINTS, LengthBatchSampler, SignLanguageDataset, make_demo_corpus, read_clip
+from datasets_lite import (
+    JOINTS,
+    LengthBatchSampler,
+    SignLanguageDataset,
+    make_demo_corpus,
+    read_clip,
+)
 
-SHARED = Path(__file__).resolve().parents[2] / "shared/data"  # real labels and pieces, used if there
+SHARED = (
+    Path(__file__).resolve().parents[2] / "shared/data"
+)  # real labels and pieces, used if there
 ROWS, TOKENS, FRAMES = 250_112, 14, 128  # of mT5-small's tables; of a mean CSL-Daily clip
 GPU = torch.cuda.is_available()
 now = time.perf_counter  # --cpu-time puts the process's own CPU seconds in its place
 
 
 def _on(device, src_input):
-    return {key: value.to(device) if torch.is_tensor(value) else value for key, value in src_input.items()}
+    return {
+        key: value.to(device) if torch.is_tensor(value) else value
+        for key, value in src_input.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -63,17 +75,27 @@ class Case:
     random_batches: bool = False
     original_front_end: bool = False
     fp32: bool = False  # no bf16, no TF32
-    used_pieces: bool = False  # the pieces in use, without the characters that make other texts spellable
+    used_pieces: bool = (
+        False  # the pieces in use, without the characters that make other texts spellable
+    )
     batch_size: int = 0  # 0 = the config's
-    micro_batches: int = 8  # timed a turn; a step's time is worked out for the config's accumulation
+    micro_batches: int = (
+        8  # timed a turn; a step's time is worked out for the config's accumulation
+    )
 
 
 LEVERS = [
     Case("**all off**", full_tables=True, random_batches=True, original_front_end=True, fp32=True),
-    Case("full tables", full_tables=True), Case("random batches", random_batches=True),
-    Case("original front-end", original_front_end=True), Case("pieces in use only", used_pieces=True)]
-GPU_LEVERS = [Case("fp32", fp32=True), Case("batch 32 x 1", batch_size=32),
-              Case("fp32, batch 4, full tables", fp32=True, batch_size=4, full_tables=True)]
+    Case("full tables", full_tables=True),
+    Case("random batches", random_batches=True),
+    Case("original front-end", original_front_end=True),
+    Case("pieces in use only", used_pieces=True),
+]
+GPU_LEVERS = [
+    Case("fp32", fp32=True),
+    Case("batch 32 x 1", batch_size=32),
+    Case("fp32, batch 4, full tables", fp32=True, batch_size=4, full_tables=True),
+]
 
 
 class OriginalFrontEnd(nn.Module):
@@ -82,22 +104,42 @@ class OriginalFrontEnd(nn.Module):
     def __init__(self, d_model):
         super().__init__()
         self.embed, self.body, self.hand = nn.Linear(3, 64), self.stack(), self.stack()
-        self.out = nn.Sequential(nn.Linear(768, 512), nn.Linear(512, d_model), nn.LayerNorm(d_model))
+        self.out = nn.Sequential(
+            nn.Linear(768, 512), nn.Linear(512, d_model), nn.LayerNorm(d_model)
+        )
 
     @staticmethod
     def stack():
         """Twice: each joint by itself, then over three frames, then normalised."""
-        return nn.Sequential(*(layer for i, o in ((64, 128), (128, 256)) for layer in (
-            nn.Conv2d(i, o, 1), nn.Conv2d(o, o, (3, 1), padding=(1, 0)), nn.BatchNorm2d(o), nn.ReLU(True))))
+        return nn.Sequential(
+            *(
+                layer
+                for i, o in ((64, 128), (128, 256))
+                for layer in (
+                    nn.Conv2d(i, o, 1),
+                    nn.Conv2d(o, o, (3, 1), padding=(1, 0)),
+                    nn.BatchNorm2d(o),
+                    nn.ReLU(True),
+                )
+            )
+        )
 
     def forward(self, src_input):
         """src_input -> (B, T, d_model)."""
         parts = (("body", self.body), ("left", self.hand), ("right", self.hand))
-        return self.out(torch.cat([stack(self.embed(src_input[part]).permute(0, 3, 1, 2)).mean(-1).mT
-                                   for part, stack in parts], -1))
+        return self.out(
+            torch.cat(
+                [
+                    stack(self.embed(src_input[part]).permute(0, 3, 1, 2)).mean(-1).mT
+                    for part, stack in parts
+                ],
+                -1,
+            )
+        )
 
 
 # ---------------------------------------------------------------------------------- what is worked on
+
 
 class Material:
     """Writes what the other processes read: a small demo, clips like CSL-Daily's, a random mT5-small."""
@@ -105,8 +147,11 @@ class Material:
     def __init__(self, folder, clips, with_mt5):
         make_demo_corpus(folder / "demo", splits={"train": 512, "dev": 64, "test": 1})
         files = folder / "demo/labels.train", SHARED / "csl_daily_labels/labels.train"
-        demo, *real = [[entry["text"] for entry in pickle.loads(gzip.decompress(file.read_bytes())).values()]
-                       for file in files if file.is_file()]
+        demo, *real = [
+            [entry["text"] for entry in pickle.loads(gzip.decompress(file.read_bytes())).values()]
+            for file in files
+            if file.is_file()
+        ]
         texts = real[0] if real else demo
         (folder / "texts.json").write_text(json.dumps(texts))
         self.write_clips(folder / "csl", texts, clips)
@@ -119,20 +164,36 @@ class Material:
         rng, entries = np.random.default_rng(0), {}
         (folder / "pose_format").mkdir(parents=True)
         for i, frames in enumerate(clip_lengths(clips)):
-            pose = {"keypoints": list(rng.uniform(0.2, 0.8, (frames, 1, JOINTS, 2))),
-                    "scores": list(rng.uniform(0.25, 1, (frames, 1, JOINTS))), "w_h": [512, 512]}
+            pose = {
+                "keypoints": list(rng.uniform(0.2, 0.8, (frames, 1, JOINTS, 2))),
+                "scores": list(rng.uniform(0.25, 1, (frames, 1, JOINTS))),
+                "w_h": [512, 512],
+            }
             (folder / "pose_format" / f"clip_{i}.pkl").write_bytes(pickle.dumps(pose))
-            entries[f"clip_{i}"] = {"name": f"clip_{i}", "text": texts[i * 37 % len(texts)], "gloss": []}
+            entries[f"clip_{i}"] = {
+                "name": f"clip_{i}",
+                "text": texts[i * 37 % len(texts)],
+                "gloss": [],
+            }
         (folder / "labels.train").write_bytes(gzip.compress(pickle.dumps(entries)))
 
     @staticmethod
     def write_mt5(folder, texts):
         """1.2 GB in mT5-small's form; its tables repeat 1,024 random rows, which are sooner drawn."""
-        config = MT5Config(vocab_size=1024, d_model=512, d_ff=1024, d_kv=64, num_heads=6, num_layers=8,
-                           num_decoder_layers=8, feed_forward_proj="gated-gelu", decoder_start_token_id=0)
+        config = MT5Config(
+            vocab_size=1024,
+            d_model=512,
+            d_ff=1024,
+            d_kv=64,
+            num_heads=6,
+            num_layers=8,
+            num_decoder_layers=8,
+            feed_forward_proj="gated-gelu",
+            decoder_start_token_id=0,
+        )
         mt5 = MT5ForConditionalGeneration(config)
         models_lite._untie(mt5)
-        for table, scale in ((mt5.shared, 1), (mt5.lm_head, config.d_model ** -0.5)):
+        for table, scale in ((mt5.shared, 1), (mt5.lm_head, config.d_model**-0.5)):
             rows = scale * torch.randn(1024, config.d_model)
             table.weight = nn.Parameter(rows.repeat(ROWS // 1024 + 1, 1)[:ROWS].clone())
         mt5.config.vocab_size = ROWS
@@ -159,21 +220,33 @@ class Bench:
         if not case.demo:
             settings |= {"mt5_path": str(folder / "mt5"), "max_length": max_length}
         if case.batch_size:
-            settings |= {"batch_size": case.batch_size, "gradient_accumulation": 32 // case.batch_size}
+            settings |= {
+                "batch_size": case.batch_size,
+                "gradient_accumulation": 32 // case.batch_size,
+            }
         self.case, self.config = case, (DemoConfig if case.demo else TrainConfig)(**settings)
         self.place = train_lite.find_place(self.config)
         if case.fp32:
             self.place.autocast = contextlib.nullcontext
             torch.set_float32_matmul_precision("highest")
-        self.data = SignLanguageDataset(Path(self.config.data_dir) / "labels.train", self.config, "train")
+        self.data = SignLanguageDataset(
+            Path(self.config.data_dir) / "labels.train", self.config, "train"
+        )
         with contextlib.redirect_stdout(io.StringIO()):
             self.model = self.build_model(folder).to(self.place.device)
         self.loaded_gb = train_lite.Place().peak_memory_gb()
         self.data.encode = self.model.codec.encode
         optimizer, scheduler = train_lite.make_optimizer(self.model, self.config, 1000, 100)
-        self.run = train_lite.Run(self.config, InferenceConfig(), self.place, model=self.model,
-                                  net=self.model, optimizer=optimizer, scheduler=scheduler,
-                                  data={"train": self.data, "dev": self.data})
+        self.run = train_lite.Run(
+            self.config,
+            InferenceConfig(),
+            self.place,
+            model=self.model,
+            net=self.model,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            data={"train": self.data, "dev": self.data},
+        )
         self.batches = self.choose_batches(self.config.batch_size, case.micro_batches)
         self.hold(self.batches[len(self.batches) // 2])
         with FlopCounterMode(display=False) as counter:  # the first pass, which is never timed
@@ -185,20 +258,32 @@ class Bench:
     def build_model(self, folder):
         """The product's own way, the levers switched around it."""
         case, entries = self.case, self.data.entries
-        texts = [e["text"] for e in entries] if case.demo else json.loads((folder / "texts.json").read_text())
+        texts = (
+            [e["text"] for e in entries]
+            if case.demo
+            else json.loads((folder / "texts.json").read_text())
+        )
         if case.used_pieces:
             models_lite.pieces_to_keep = lambda tokenizer, texts: sorted(
-                {0, 1, 2}.union(*tokenizer(texts).input_ids))
+                {0, 1, 2}.union(*tokenizer(texts).input_ids)
+            )
         if case.full_tables:
             models_lite._cut_tables = lambda mt5, keep: None
-        model = models_lite.SignLanguageLite(self.config, texts=texts, glosses=[e["gloss"] for e in entries])
-        if case.full_tables:  # a row without a piece must not be decoded: this tokeniser could not spell it
+        model = models_lite.SignLanguageLite(
+            self.config, texts=texts, glosses=[e["gloss"] for e in entries]
+        )
+        if (
+            case.full_tables
+        ):  # a row without a piece must not be decoded: this tokeniser could not spell it
             model.codec = models_lite.TextCodec(model.mt5_tokenizer, self.config.max_text_length)
-            model.mt5_model.lm_head.weight.data[len(model.mt5_tokenizer):] = 0
+            model.mt5_model.lm_head.weight.data[len(model.mt5_tokenizer) :] = 0
         if case.original_front_end:
             del model.pose_embed, model.fusion, model.temporal, model.proj, model.layer_norm
             model.front_end = OriginalFrontEnd(model.mt5_model.config.d_model)
-            model.encode_pose = lambda src: (model.position(model.front_end(src)), src["attention_mask"])
+            model.encode_pose = lambda src: (
+                model.position(model.front_end(src)),
+                src["attention_mask"],
+            )
         return model
 
     def choose_batches(self, size, count, shuffle=True):
@@ -206,7 +291,7 @@ class Bench:
         lengths = np.array(self.data.lengths)
         if self.case.random_batches:
             order = np.random.default_rng(0).permutation(len(lengths))
-            batches = [order[i:i + size].tolist() for i in range(0, len(order), size)]
+            batches = [order[i : i + size].tolist() for i in range(0, len(order), size)]
         else:
             accumulation = self.config.gradient_accumulation if shuffle else 1
             batches = list(LengthBatchSampler(lengths, size, shuffle, 0, accumulation))
@@ -219,8 +304,7 @@ class Bench:
 
     def hold(self, *batches):
         """Keep these batches in memory, for what is timed without a loader."""
-        self.held = [(_on(self.place.device, src), tgt)
-                     for src, tgt in map(self.collate, batches)]
+        self.held = [(_on(self.place.device, src), tgt) for src, tgt in map(self.collate, batches)]
 
     def timed(self, function, *args):
         """Seconds of one call, until the device has done all of it."""
@@ -232,14 +316,27 @@ class Bench:
 
     def steps(self):
         """Seconds of the micro-batches through the loader, waiting included; and of the waiting."""
-        loader = iter(DataLoader(self.data, batch_sampler=self.batches, collate_fn=self.data.collate_fn,
-                                 num_workers=self.config.num_workers, pin_memory=GPU))
-        batch, waited, start = next(loader), 0.0, now()  # to start the loading processes is an epoch's matter
+        loader = iter(
+            DataLoader(
+                self.data,
+                batch_sampler=self.batches,
+                collate_fn=self.data.collate_fn,
+                num_workers=self.config.num_workers,
+                pin_memory=GPU,
+            )
+        )
+        batch, waited, start = (
+            next(loader),
+            0.0,
+            now(),
+        )  # to start the loading processes is an epoch's matter
         for i in range(len(self.batches)):
             before = now()
             batch = next(loader) if i else batch
             waited += now() - before
-            train_lite.micro_batch(self.run, i, True, *batch, i == len(self.batches) - 1)  # ends with .item()
+            train_lite.micro_batch(
+                self.run, i, True, *batch, i == len(self.batches) - 1
+            )  # ends with .item()
         return now() - start, waited
 
     def pass_of(self, i):
@@ -265,18 +362,29 @@ class Bench:
 
     def matmul_peak(self):
         """FLOP/s of a large matrix product, in the precision that training uses."""
-        n, bf16 = (8192 if GPU else 2048), not isinstance(self.place.autocast(), contextlib.nullcontext)
-        a = torch.randn(n, n, device=self.place.device, dtype=torch.bfloat16 if bf16 else torch.float32)
+        n, bf16 = (
+            (8192 if GPU else 2048),
+            not isinstance(self.place.autocast(), contextlib.nullcontext),
+        )
+        a = torch.randn(
+            n, n, device=self.place.device, dtype=torch.bfloat16 if bf16 else torch.float32
+        )
         torch.mm(a, a)
-        return 2 * n ** 3 / min(self.timed(torch.mm, a, a) for _ in range(3))
+        return 2 * n**3 / min(self.timed(torch.mm, a, a) for _ in range(3))
 
     def decode(self):
         """Clips a second of `generate`, TOKENS pieces a clip, in batches of an evaluation."""
         size, model = max(train_lite.EVAL_BATCH, self.config.batch_size), self.model.eval()
         self.hold(*self.choose_batches(size, 2, shuffle=False))
         with self.place.autocast():
-            return 2 * size / sum(self.timed(lambda: model.generate(src, max_new_tokens=TOKENS))
-                                  for src, _ in self.held)
+            return (
+                2
+                * size
+                / sum(
+                    self.timed(lambda: model.generate(src, max_new_tokens=TOKENS))
+                    for src, _ in self.held
+                )
+            )
 
     def turn(self):
         """All figures of this configuration once; parts are shares of a whole optimiser step."""
@@ -291,18 +399,28 @@ class Bench:
         whole, front, head = (self.timed(f, 0) for f in (self.pass_of, self.front_end, self.head))
         self.model.zero_grad()
         computed = accumulation * (passes - waited) / len(self.batches) / step
-        return {"clips/s": self.config.batch_size * accumulation / step,
-                "wait": 1 - computed - optimiser / step, "front": front / whole * computed,
-                "mT5": max(whole - front - head, 0) / whole * computed,
-                "head": head / whole * computed, "optimiser": optimiser / step, "load": load / a_pass,
-                "share": self.flops / whole / peak, "peak": peak / 1e9, "loaded": self.loaded_gb,
-                "decoded/s": self.decode(), "GB": self.place.peak_memory_gb(),
-                "rows": self.model.mt5_model.lm_head.out_features}
+        return {
+            "clips/s": self.config.batch_size * accumulation / step,
+            "wait": 1 - computed - optimiser / step,
+            "front": front / whole * computed,
+            "mT5": max(whole - front - head, 0) / whole * computed,
+            "head": head / whole * computed,
+            "optimiser": optimiser / step,
+            "load": load / a_pass,
+            "share": self.flops / whole / peak,
+            "peak": peak / 1e9,
+            "loaded": self.loaded_gb,
+            "decoded/s": self.decode(),
+            "GB": self.place.peak_memory_gb(),
+            "rows": self.model.mt5_model.lm_head.out_features,
+        }
 
     def grow(self, batch, frames):
         """Seconds and FLOP of forward and backward at this size, every frame real."""
-        src = {part: torch.rand(batch, frames, joints, 3)
-               for part, joints in (("body", 9), ("left", 21), ("right", 21))}
+        src = {
+            part: torch.rand(batch, frames, joints, 3)
+            for part, joints in (("body", 9), ("left", 21), ("right", 21))
+        }
         src["attention_mask"] = torch.ones((batch, frames), dtype=torch.long)
         labels = torch.randint(3, len(self.model.codec), (batch, TOKENS))
         self.held = [(_on(self.place.device, src), {"labels": labels})]
@@ -328,6 +446,7 @@ class Bench:
 
 
 # ---------------------------------------------------------------------------------- processes
+
 
 class Worker:
     """An object in a fresh process, so that `ru_maxrss` is its own; it idles between calls."""
@@ -378,6 +497,7 @@ def in_turns(calls, turns):
 
 # ---------------------------------------------------------------------------------- parts
 
+
 def table(title, head, rows):
     """Print a Markdown table; rows may come one by one."""
     print(f"\n### {title}\n\n| {' | '.join(head)} |\n|{'---|' * len(head)}", flush=True)
@@ -387,9 +507,25 @@ def table(title, head, rows):
 
 def levers(title, folder, default, cases, turns):
     """The default against each case, two processes at a time, in turns; the default's own row comes last."""
-    head = ["levers off", "rows", "clips/s", "default is x", "wait %", "front-end %", "mT5 %", "head, loss %",
-            "optimiser %", "load / pass %", "of peak %", "GB loaded", "GB peak", "default takes x",
-            "decoded/s", "default is x", "peak GFLOP/s"]
+    head = [
+        "levers off",
+        "rows",
+        "clips/s",
+        "default is x",
+        "wait %",
+        "front-end %",
+        "mT5 %",
+        "head, loss %",
+        "optimiser %",
+        "load / pass %",
+        "of peak %",
+        "GB loaded",
+        "GB peak",
+        "default takes x",
+        "decoded/s",
+        "default is x",
+        "peak GFLOP/s",
+    ]
     table(title, head, lever_rows(folder, default, cases, turns))
 
 
@@ -409,21 +545,41 @@ def lever_rows(folder, default, cases, turns):
 def figures(name, turns, ratios):
     """A configuration's row: medians of its turns, and the default's figures over its own."""
     m = {key: statistics.median(turn[key] for turn in turns) for key in turns[0]}
-    shares = [f"{100 * m[key]:.1f}" for key in ("wait", "front", "mT5", "head", "optimiser", "load", "share")]
-    return [name, f"{m['rows']:,.0f}", f"{m['clips/s']:.2f}", f"{ratios['clips/s']:.2f}", *shares,
-            f"{m['loaded']:.2f}", f"{m['GB']:.2f}", f"{ratios['GB']:.2f}", f"{m['decoded/s']:.1f}",
-            f"{ratios['decoded/s']:.2f}", f"{m['peak']:.0f}"]
+    shares = [
+        f"{100 * m[key]:.1f}"
+        for key in ("wait", "front", "mT5", "head", "optimiser", "load", "share")
+    ]
+    return [
+        name,
+        f"{m['rows']:,.0f}",
+        f"{m['clips/s']:.2f}",
+        f"{ratios['clips/s']:.2f}",
+        *shares,
+        f"{m['loaded']:.2f}",
+        f"{m['GB']:.2f}",
+        f"{ratios['GB']:.2f}",
+        f"{m['decoded/s']:.1f}",
+        f"{ratios['decoded/s']:.2f}",
+        f"{m['peak']:.0f}",
+    ]
 
 
 def training(folder, turns, quick):
     """mT5-small's size, and what padding an epoch would have."""
     default = Case(micro_batches=3 if quick else 8)
     cases = LEVERS + (GPU_LEVERS if GPU else [])
-    levers("Training and decoding at mT5-small's size, a step of 32 clips", folder, default,
-           [replace(case, micro_batches=default.micro_batches) for case in cases], turns)
+    levers(
+        "Training and decoding at mT5-small's size, a step of 32 clips",
+        folder,
+        default,
+        [replace(case, micro_batches=default.micro_batches) for case in cases],
+        turns,
+    )
     lengths, rows = clip_lengths(18401), []
     for size in (2, 4, 16, 32):
-        drawn = np.array_split(np.random.default_rng(0).permutation(len(lengths)), -(-len(lengths) // size))
+        drawn = np.array_split(
+            np.random.default_rng(0).permutation(len(lengths)), -(-len(lengths) // size)
+        )
         plans = list(LengthBatchSampler(lengths, size, True, 0, 32 // size)), drawn
         full = [sum(len(batch) * lengths[batch].max() for batch in plan) for plan in plans]
         rows.append([str(size)] + [f"{100 * (1 - lengths.sum() / frames):.1f}" for frames in full])
@@ -433,15 +589,24 @@ def training(folder, turns, quick):
 def demo(folder, turns, quick):
     """The demo's size."""
     default = Case(demo=True, micro_batches=1 if quick else 2)
-    levers("Training and decoding at the demo's size", folder, default, [
-        replace(default, name="random batches", random_batches=True),
-        replace(default, name="original front-end", original_front_end=True),
-        replace(default, name="**both off**", random_batches=True, original_front_end=True)], turns)
+    levers(
+        "Training and decoding at the demo's size",
+        folder,
+        default,
+        [
+            replace(default, name="random batches", random_batches=True),
+            replace(default, name="original front-end", original_front_end=True),
+            replace(default, name="**both off**", random_batches=True, original_front_end=True),
+        ],
+        turns,
+    )
 
 
 def growth(folder, turns, quick):
     """Seconds of a pass over batch and frames, each row twice the size of the one above."""
-    sizes = [(b, FRAMES) for b in (1, 2, 4, 8, 16, 32)] + [(4, frames) for frames in (64, 128, 256, 512)]
+    sizes = [(b, FRAMES) for b in (1, 2, 4, 8, 16, 32)] + [
+        (4, frames) for frames in (64, 128, 256, 512)
+    ]
     with Worker(Bench, folder, Case(micro_batches=1), 512) as worker:
         results = in_turns([lambda size=size: worker("grow", *size) for size in sizes], turns)
     rows, last = [], None
@@ -450,15 +615,27 @@ def growth(folder, turns, quick):
         grown = ["", ""]
         if (batch, frames) not in (sizes[0], (4, 64)):
             grown = [f"{ms / last[0]:.2f}", f"{flops / last[1]:.2f}"]
-        rows.append([str(batch), str(frames), f"{ms:.0f}", f"{ms * FRAMES / batch / frames:.0f}",
-                     f"{flops / 1e9:.1f}", *grown])
+        rows.append(
+            [
+                str(batch),
+                str(frames),
+                f"{ms:.0f}",
+                f"{ms * FRAMES / batch / frames:.0f}",
+                f"{flops / 1e9:.1f}",
+                *grown,
+            ]
+        )
         last = ms, flops
-    table("Growth of forward and backward at mT5-small's size",
-          ["batch", "frames", "ms", f"ms per {FRAMES} frames", "GFLOP", "ms x", "FLOP x"], rows)
+    table(
+        "Growth of forward and backward at mT5-small's size",
+        ["batch", "frames", "ms", f"ms per {FRAMES} frames", "GFLOP", "ms x", "FLOP x"],
+        rows,
+    )
 
 
 def loader(folder, turns, quick):
     """One clip of each form."""
+
     def bare():
         with open(path, "rb") as file:
             pickle.load(file)
@@ -467,17 +644,33 @@ def loader(folder, turns, quick):
         start = now()
         function()
         return 1e6 * (now() - start)
-    files = [("demo, arrays", folder / "demo/pose_format/train_00000.pkl"),
-             ("like CSL-Daily's, list of frames", folder / "csl/pose_format/clip_0.pkl"),
-             *(("CSL-News", file) for file in (SHARED / "csl_news/pose_format").glob("*.pkl"))]
+
+    files = [
+        ("demo, arrays", folder / "demo/pose_format/train_00000.pkl"),
+        ("like CSL-Daily's, list of frames", folder / "csl/pose_format/clip_0.pkl"),
+        *(("CSL-News", file) for file in (SHARED / "csl_news/pose_format").glob("*.pkl")),
+    ]
     rows, config = [], TrainConfig()
     for name, path in files:
-        a, b = map(statistics.median, in_turns([lambda: microseconds(bare), lambda: microseconds(
-            lambda: read_clip(path, config, known=True))], 60 * turns))
-        rows.append([name, f"{path.stat().st_size / 1e3:.0f}", f"{a:.0f}", f"{b:.0f}", f"{b / a:.2f}"])
+        a, b = map(
+            statistics.median,
+            in_turns(
+                [
+                    lambda: microseconds(bare),
+                    lambda: microseconds(lambda: read_clip(path, config, known=True)),
+                ],
+                60 * turns,
+            ),
+        )
+        rows.append(
+            [name, f"{path.stat().st_size / 1e3:.0f}", f"{a:.0f}", f"{b:.0f}", f"{b / a:.2f}"]
+        )
     # known, as in training: the first reading of a file, before the first step, also looks through its opcodes
-    table("A clip read, checked and normalised, against open and pickle.load",
-          ["file", "kB", "bare µs", "read_clip µs", "x"], rows)
+    table(
+        "A clip read, checked and normalised, against open and pickle.load",
+        ["file", "kB", "bare µs", "read_clip µs", "x"],
+        rows,
+    )
 
 
 def checkpoint(folder, turns, quick):
@@ -499,10 +692,21 @@ def compile(folder, turns, quick):
         with Worker(Bench, folder, case) as worker:
             first, plain, fast = worker("compiled", 3 * turns)
         even = f"{(first - 3 * fast) / (plain - fast):,.0f}" if fast < plain else "never"
-        rows.append([name, f"{first:.0f}", f"{1000 * plain:.0f}", f"{1000 * fast:.0f}",
-                     f"{plain / fast:.2f}", even])
-    table("torch.compile of the network, dynamic shapes",
-          ["size", "first three passes s", "plain ms", "compiled ms", "x", "passes until it pays"], rows)
+        rows.append(
+            [
+                name,
+                f"{first:.0f}",
+                f"{1000 * plain:.0f}",
+                f"{1000 * fast:.0f}",
+                f"{plain / fast:.2f}",
+                even,
+            ]
+        )
+    table(
+        "torch.compile of the network, dynamic shapes",
+        ["size", "first three passes s", "plain ms", "compiled ms", "x", "passes until it pays"],
+        rows,
+    )
 
 
 PARTS = {part.__name__: part for part in (loader, training, demo, growth, checkpoint, compile)}
@@ -511,13 +715,21 @@ PARTS = {part.__name__: part for part in (loader, training, demo, growth, checkp
 def main():
     """Parse, prepare, run the parts."""
     global now
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="part", help="which to run; all where none is named")
-    parser.add_argument("--quick", action="store_true", help="one turn, fewer batches: a couple of minutes")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "parts", nargs="*", metavar="part", help="which to run; all where none is named"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="one turn, fewer batches: a couple of minutes"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
-    parser.add_argument("--cpu-time", action="store_true",
-                        help="CPU seconds of one thread, where others compute, too; shows no waiting")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="CPU seconds of one thread, where others compute, too; shows no waiting",
+    )
     args = parser.parse_args()
     names = args.parts or list(PARTS)
     if unknown := set(names) - PARTS.keys():
@@ -529,11 +741,16 @@ def main():
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     with contextlib.suppress(OSError, IndexError):
         cpu = Path("/proc/cpuinfo").read_text().split("model name")[1].split("\n")[0].strip("\t :")
-    print(f"{cpu}, {os.cpu_count()} cores, {args.threads} threads, torch {torch.__version__}, "
-          f"{torch.cuda.get_device_name() if GPU else 'no GPU'}; {turns} turns"
-          f"{'; CPU seconds, one thread' if args.cpu_time else ''}", flush=True)
+    print(
+        f"{cpu}, {os.cpu_count()} cores, {args.threads} threads, torch {torch.__version__}, "
+        f"{torch.cuda.get_device_name() if GPU else 'no GPU'}; {turns} turns"
+        f"{'; CPU seconds, one thread' if args.cpu_time else ''}",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory() as folder:
-        with Worker(Material, Path(folder), 64 if args.quick else 256, bool({*names} - {"loader", "demo"})):
+        with Worker(
+            Material, Path(folder), 64 if args.quick else 256, bool({*names} - {"loader", "demo"})
+        ):
             pass
         for name in names:
             PARTS[name](Path(folder), turns, args.quick)

@@ -10,7 +10,9 @@ import pickle
 import sys
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach for the network
+os.environ["HF_HUB_OFFLINE"] = (
+    "1"  # before transformers is imported: no test may reach for the network
+)
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -38,13 +40,16 @@ def shared(name):
 
 # ---------------------------------------------------------------------------------- files
 
+
 def random_clip(frames=12, seed=0):
     """(keypoints (T, 133, 2) in 0..1, scores (T, 133)): all joints seen, hands at their wrists."""
     rng = np.random.default_rng(seed)
     steps = rng.normal(0, 0.01, (frames, 133, 2)).cumsum(0)
     keypoints = rng.uniform(0.3, 0.7, (1, 133, 2)) + steps
     for wrist, hand in ((9, slice(91, 112)), (10, slice(112, 133))):
-        keypoints[:, hand] = keypoints[:, wrist, None] + rng.normal(0, 0.03, (1, 21, 2)) + steps[:, hand]
+        keypoints[:, hand] = (
+            keypoints[:, wrist, None] + rng.normal(0, 0.03, (1, 21, 2)) + steps[:, hand]
+        )
     return keypoints.astype(np.float32), rng.uniform(0.6, 1.0, (frames, 133)).astype(np.float32)
 
 
@@ -81,11 +86,14 @@ def write_corpus(folder, clips, split="train"):
 
 # ---------------------------------------------------------------------------------- the demo, small
 
+
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
     """The folder of a small demo corpus."""
     return make_demo_corpus(
-        tmp_path_factory.mktemp("demo") / "corpus", seed=1, splits={"train": 40, "dev": 10, "test": 6}
+        tmp_path_factory.mktemp("demo") / "corpus",
+        seed=1,
+        splits={"train": 40, "dev": 10, "test": 6},
     )
 
 
@@ -105,8 +113,11 @@ def scratch_model(dataset, seed=0, **options):
     """A model from scratch on a data set's texts, in eval mode; the same seed gives the same weights."""
     torch.manual_seed(seed)
     entries = dataset.entries
-    return SignLanguageLite(scratch_config(**options), texts=[e["text"] for e in entries],
-                            glosses=[e["gloss"] for e in entries]).eval()
+    return SignLanguageLite(
+        scratch_config(**options),
+        texts=[e["text"] for e in entries],
+        glosses=[e["gloss"] for e in entries],
+    ).eval()
 
 
 def batch_of(dataset, indices):
@@ -118,7 +129,9 @@ def without_dropout(model):
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        elif isinstance(getattr(module, "dropout", None), float):  # T5's attention keeps its rate as a number
+        elif isinstance(
+            getattr(module, "dropout", None), float
+        ):  # T5's attention keeps its rate as a number
             module.dropout = 0.0
     return model.train()
 
@@ -126,7 +139,13 @@ def without_dropout(model):
 # ---------------------------------------------------------------------------------- a tiny "pretrained" mT5
 
 MT5_SIZES = dict(
-    d_model=32, d_kv=8, num_heads=4, d_ff=64, num_layers=6, num_decoder_layers=6, decoder_start_token_id=0
+    d_model=32,
+    d_kv=8,
+    num_heads=4,
+    d_ff=64,
+    num_layers=6,
+    num_decoder_layers=6,
+    decoder_start_token_id=0,
 )
 
 
@@ -139,11 +158,13 @@ def mt5_folder(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("mt5")
     spiece = SHARED / "mt5_cn_tokenizer" / "spiece.model"
-    (folder / "spiece.model").write_bytes(spiece.read_bytes() if spiece.is_file() else _train_spiece())
+    (folder / "spiece.model").write_bytes(
+        spiece.read_bytes() if spiece.is_file() else _train_spiece()
+    )
     torch.manual_seed(7)
     mt5 = MT5ForConditionalGeneration(MT5Config(vocab_size=_pieces(folder) + 50, **MT5_SIZES))
     mt5.config.tie_word_embeddings = False
-    mt5.lm_head.weight = nn.Parameter(torch.randn(mt5.lm_head.weight.shape) * 32 ** -0.5)
+    mt5.lm_head.weight = nn.Parameter(torch.randn(mt5.lm_head.weight.shape) * 32**-0.5)
     for parameter in mt5.shared.parameters():
         nn.init.normal_(parameter, std=0.5)
     mt5.save_pretrained(folder)
@@ -154,9 +175,15 @@ def _train_spiece():
     import io
 
     import sentencepiece
+
     from datasets_lite import _demo_sentence
+
     rng, model = np.random.default_rng(0), io.BytesIO()
-    texts = [_demo_sentence(rng)[0] for _ in range(400)] + ["他们在学校学习。", "The quick brown fox.", "再见！"] * 20
+    texts = [_demo_sentence(rng)[0] for _ in range(400)] + [
+        "他们在学校学习。",
+        "The quick brown fox.",
+        "再见！",
+    ] * 20
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
         model_writer=model,
@@ -175,11 +202,16 @@ def _train_spiece():
 
 def _pieces(folder):
     import sentencepiece
-    return sentencepiece.SentencePieceProcessor(model_file=str(folder / "spiece.model")).get_piece_size()
+
+    return sentencepiece.SentencePieceProcessor(
+        model_file=str(folder / "spiece.model")
+    ).get_piece_size()
 
 
 def pretrained_config(folder, **options):
-    return TrainConfig(**{"mt5_path": str(folder), "freeze_decoder_layers": 4, "num_workers": 0, **options})
+    return TrainConfig(
+        **{"mt5_path": str(folder), "freeze_decoder_layers": 4, "num_workers": 0, **options}
+    )
 
 
 def pretrained_model(folder, texts=None, seed=0, **options):

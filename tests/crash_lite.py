@@ -6,9 +6,9 @@ Each kill is a SIGKILL between 0 and 3 s after the run began to train (every thi
 being written); then the same command goes on. At the end every parameter must be equal, bit for bit, last.pt and
 best/ must have been readable after every kill, and metrics.jsonl must tell the same story. About 10 minutes on 2 cores.
 """
+
 import argparse
 import json
-import os
 import random
 import subprocess
 import sys
@@ -26,15 +26,39 @@ from datasets_lite import make_demo_corpus  # noqa: E402
 
 def command(folder, name, steps):
     """The command line of one run; --augment and two loading processes make it as random as a run gets."""
-    return [sys.executable, str(ROOT / "train_lite.py"), "--data_dir", str(folder / "corpus"), "--mt5_path=",
-            "--output_dir", str(folder / name), "--max_steps", str(steps), "--batch_size", "4", "--augment",
-            "--gradient_accumulation", "3", "--d_model", "32", "--num_layers", "1", "--val_interval", "2",
-            "--log_interval", "1", "--max_new_tokens", "8"]
+    return [
+        sys.executable,
+        str(ROOT / "train_lite.py"),
+        "--data_dir",
+        str(folder / "corpus"),
+        "--mt5_path=",
+        "--output_dir",
+        str(folder / name),
+        "--max_steps",
+        str(steps),
+        "--batch_size",
+        "4",
+        "--augment",
+        "--gradient_accumulation",
+        "3",
+        "--d_model",
+        "32",
+        "--num_layers",
+        "1",
+        "--val_interval",
+        "2",
+        "--log_interval",
+        "1",
+        "--max_new_tokens",
+        "8",
+    ]
 
 
 def kill_once(arguments, out, rng, on_write):
     """Start the run, kill it after a random moment of training -> whether it was killed (it may be done before)."""
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
+    with subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as run:
         for line in run.stdout:
             if line.startswith(("writing to", "resumed from")):
                 break
@@ -64,7 +88,9 @@ def readable(out):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=800)
@@ -83,12 +109,19 @@ def main():
             step = torch.load(out / "last.pt", weights_only=True)["step"] if readable(out) else 0
             print(f"kill {kills:3d}: last.pt at step {step}", flush=True)
         subprocess.run(command(folder, "killed", args.steps), check=True, stdout=subprocess.DEVNULL)
-        one, two = (torch.load(folder / run / "last.pt", weights_only=True) for run in ("whole", "killed"))
+        one, two = (
+            torch.load(folder / run / "last.pt", weights_only=True) for run in ("whole", "killed")
+        )
         unequal = [n for n in one["model"] if not torch.equal(one["model"][n], two["model"][n])]
-        history = [[(m["step"], m["dev_loss"], m["bleu4"]) for m in state["history"]] for state in (one, two)]
-    print(f"{kills} kills, {writes} of them while a file was being written; no checkpoint unreadable; "
-          f"{len(unequal)} of {len(one['model'])} parameters differ; validations "
-          f"{'equal' if history[0] == history[1] else 'DIFFER'}; {time.monotonic() - started:.0f} s")
+        history = [
+            [(m["step"], m["dev_loss"], m["bleu4"]) for m in state["history"]]
+            for state in (one, two)
+        ]
+    print(
+        f"{kills} kills, {writes} of them while a file was being written; no checkpoint unreadable; "
+        f"{len(unequal)} of {len(one['model'])} parameters differ; validations "
+        f"{'equal' if history[0] == history[1] else 'DIFFER'}; {time.monotonic() - started:.0f} s"
+    )
     return 1 if unequal or history[0] != history[1] else 0
 
 

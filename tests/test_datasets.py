@@ -1,4 +1,5 @@
 """From files to batches: what is read, what is refused and how; no pose whatever makes a batch unfit."""
+
 import codecs
 import gzip
 import json
@@ -13,12 +14,33 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import entry, random_clip, scratch_config, shared, write_corpus, write_labels, write_pose
+from conftest import (
+    entry,
+    random_clip,
+    scratch_config,
+    shared,
+    write_corpus,
+    write_labels,
+    write_pose,
+)
 
 import datasets_lite
-from datasets_lite import (BODY, LEFT, RIGHT, THRESHOLD, DataError, LengthBatchSampler, SignLanguageDataset, augment_clip,
-                           crop_scale, load_dataset_file, load_part_kp, load_pose_file, make_demo_corpus,
-                           read_clip)
+from datasets_lite import (
+    BODY,
+    LEFT,
+    RIGHT,
+    THRESHOLD,
+    DataError,
+    LengthBatchSampler,
+    SignLanguageDataset,
+    augment_clip,
+    crop_scale,
+    load_dataset_file,
+    load_part_kp,
+    load_pose_file,
+    make_demo_corpus,
+    read_clip,
+)
 
 NAN, INF = float("nan"), float("inf")
 REFUSED = (DataError, pickle.UnpicklingError)
@@ -26,11 +48,15 @@ REFUSED = (DataError, pickle.UnpicklingError)
 
 def finite_and_bounded(parts):
     """Complaints about tensors that are not finite or leave -1..1."""
-    return [f"{name}: {tensor.isnan().sum()} NaN, {tensor.isinf().sum()} Inf, largest {tensor.abs().max()}"
-            for name, tensor in parts.items() if not (tensor.isfinite().all() and tensor.abs().max() <= 1)]
+    return [
+        f"{name}: {tensor.isnan().sum()} NaN, {tensor.isinf().sum()} Inf, largest {tensor.abs().max()}"
+        for name, tensor in parts.items()
+        if not (tensor.isfinite().all() and tensor.abs().max() <= 1)
+    ]
 
 
 # ---------------------------------------------------------------------------------- crop_scale
+
 
 def motion_of(frames=6, joints=9, seed=0):
     """(T, V, 3): x, y, confidence."""
@@ -42,8 +68,12 @@ def motion_of(frames=6, joints=9, seed=0):
 
 def crop_by_hand(motion, thr):
     """The contract's words, joint by joint."""
-    good = [(t, v) for t in range(motion.shape[0]) for v in range(motion.shape[1])
-            if motion[t, v, 2] > thr and np.isfinite(motion[t, v, :2]).all()]
+    good = [
+        (t, v)
+        for t in range(motion.shape[0])
+        for v in range(motion.shape[1])
+        if motion[t, v, 2] > thr and np.isfinite(motion[t, v, :2]).all()
+    ]
     result = np.zeros(motion.shape)
     low, high = np.min([motion[i][:2] for i in good], 0), np.max([motion[i][:2] for i in good], 0)
     scale = max(high - low)
@@ -62,7 +92,9 @@ def test_crop_scale_is_one_box_for_the_clip(seed):
     wanted, wanted_scale, wanted_offset = crop_by_hand(motion, THRESHOLD)
     assert np.allclose(result, wanted, atol=1e-6), f"off by {np.abs(result - wanted).max():.2e}"
     assert np.isclose(scale, wanted_scale) and np.allclose(offset, wanted_offset)
-    assert np.abs(result[..., :2]).max() == pytest.approx(1, abs=1e-6), "the longer side spans -1..1"
+    assert np.abs(result[..., :2]).max() == pytest.approx(1, abs=1e-6), (
+        "the longer side spans -1..1"
+    )
 
 
 def test_crop_scale_leaves_its_input_alone():
@@ -86,7 +118,9 @@ def test_one_bad_joint_costs_that_joint_and_not_the_clip(channel, bad):
     if channel == 2 and bad == INF:  # a confidence above the threshold, if an odd one: clipped to 1
         assert result[2, 3, 2] == 1
     else:
-        assert np.array_equal(result, without) and scale == scale_with, f"scale {scale} -> {scale_with}"
+        assert np.array_equal(result, without) and scale == scale_with, (
+            f"scale {scale} -> {scale_with}"
+        )
         assert not result[2, 3].any()
 
 
@@ -121,7 +155,9 @@ def test_a_degenerate_box_is_no_clip(points):
     motion = motion_of()
     motion[..., 2] = 0.9
     motion[..., :2] = 0.5 if points == "one point" else 0
-    motion[0, 0, 0] = {"one point": 0.5, "a span beyond float64": 1.7e308, "denormal span": 5e-324}[points]
+    motion[0, 0, 0] = {"one point": 0.5, "a span beyond float64": 1.7e308, "denormal span": 5e-324}[
+        points
+    ]
     motion[0, 1, 0] = -1.7e308 if points == "a span beyond float64" else motion[0, 1, 0]
     result, scale, offset = crop_scale(motion, THRESHOLD)
     assert not result.any() and scale == 0 and offset is None, f"scale {scale}, offset {offset}"
@@ -137,21 +173,26 @@ def test_no_bit_pattern_whatever_makes_a_nan_or_a_warning(kind):
             warnings.simplefilter("error")
             result, scale, _ = crop_scale(motion, THRESHOLD)
             parts = load_part_kp(motion[..., :2], motion[..., 2])
-        assert np.isfinite(result).all() and np.isfinite(scale) and np.abs(result).max() <= 1, f"seed {seed}"
+        assert np.isfinite(result).all() and np.isfinite(scale) and np.abs(result).max() <= 1, (
+            f"seed {seed}"
+        )
         assert not finite_and_bounded(parts), f"seed {seed}: {finite_and_bounded(parts)}"
 
 
 # ---------------------------------------------------------------------------------- hostile poses
 
+
 def _at(where, value):
     def change(keypoints, scores):
         keypoints[where] = value
+
     return change
 
 
 def _confidence(where, value):
     def change(keypoints, scores):
         scores[where] = value
+
     return change
 
 
@@ -236,19 +277,23 @@ def test_a_batch_of_hostile_clips_is_free_of_nan(tmp_path, augment):
 
 # ---------------------------------------------------------------------------------- load_part_kp
 
+
 def test_the_parts_are_the_joints_they_are_said_to_be():
     keypoints, scores = random_clip(7)
     parts = load_part_kp(keypoints, scores)
     shapes = {name: tuple(tensor.shape) for name, tensor in parts.items()}
     assert shapes == {"body": (7, 9, 3), "left": (7, 21, 3), "right": (7, 21, 3)}
     assert all(tensor.dtype == torch.float32 for tensor in parts.values())
-    body, scale, _ = crop_scale(np.concatenate([keypoints[:, BODY], scores[:, BODY, None]], -1), 0.3)
+    body, scale, _ = crop_scale(
+        np.concatenate([keypoints[:, BODY], scores[:, BODY, None]], -1), 0.3
+    )
     assert np.allclose(parts["body"], body, atol=1e-6)
     for name, joints in (("left", LEFT), ("right", RIGHT)):
         wanted = np.clip((keypoints[:, joints] - keypoints[:, joints[:1]]) / scale, -1, 1)
         assert np.allclose(parts[name][..., :2], wanted, atol=1e-5), (
-            f"{name}: {np.abs(parts[name][..., :2] - wanted).max()}")
-    assert LEFT == list(range(91, 112)) and RIGHT == list(range(112, 133))
+            f"{name}: {np.abs(parts[name][..., :2] - wanted).max()}"
+        )
+    assert list(range(91, 112)) == LEFT and list(range(112, 133)) == RIGHT
 
 
 def test_a_hand_does_not_change_when_it_moves_as_a_whole():
@@ -301,30 +346,47 @@ def test_the_real_clip_has_its_known_figures():
     assert keypoints.shape == (87, 133, 2) and scores.shape == (87, 133)
 
     def box(joints):
-        return crop_scale(np.concatenate([keypoints[:, joints], scores[:, joints, None]], -1), 0.3)[1]
+        return crop_scale(np.concatenate([keypoints[:, joints], scores[:, joints, None]], -1), 0.3)[
+            1
+        ]
 
     def extent(part, axis):
         seen = part[..., 2] > 0
-        return [round(part[..., axis][seen].min().item(), 2), round(part[..., axis][seen].max().item(), 2)]
+        return [
+            round(part[..., axis][seen].min().item(), 2),
+            round(part[..., axis][seen].max().item(), 2),
+        ]
 
     assert round(box([0, 3, 4, 5, 6, 7, 8, 9, 10]), 4) == 0.6246
     # with the hips, which are out of the frame
     assert round(box([0, 5, 6, 7, 8, 9, 10, 11, 12]), 4) == 0.7611
     found = {name: [extent(part, axis) for axis in (0, 1)] for name, part in parts.items()}
-    assert found == {"body": [[-1.0, 1.0], [-0.99, 0.99]], "left": [[-0.26, 0.15], [-0.26, 0.16]],
-                     "right": [[-0.08, 0.25], [-0.31, 0.1]]}
+    assert found == {
+        "body": [[-1.0, 1.0], [-0.99, 0.99]],
+        "left": [[-0.26, 0.15], [-0.26, 0.16]],
+        "right": [[-0.08, 0.25], [-0.31, 0.1]],
+    }
 
 
 # ---------------------------------------------------------------------------------- load_pose_file: forms
 
 FORMS = {
-    "list of (1, 133, 2)": lambda k, s: {"keypoints": [f[None] for f in k], "scores": [f[None] for f in s]},
+    "list of (1, 133, 2)": lambda k, s: {
+        "keypoints": [f[None] for f in k],
+        "scores": [f[None] for f in s],
+    },
     "list of (133, 2)": lambda k, s: {"keypoints": list(k), "scores": list(s)},
     "(T, 1, 133, 2)": lambda k, s: {"keypoints": k[:, None], "scores": s[:, None]},
     "(T, 133, 2)": lambda k, s: {"keypoints": k, "scores": s},
-    "two persons": lambda k, s: {"keypoints": np.stack([k, k + 9], 1), "scores": np.stack([s, 0 * s], 1)},
+    "two persons": lambda k, s: {
+        "keypoints": np.stack([k, k + 9], 1),
+        "scores": np.stack([s, 0 * s], 1),
+    },
     "float64": lambda k, s: {"keypoints": k.astype(np.float64), "scores": s.astype(np.float64)},
-    "Fortran order": lambda k, s: {"keypoints": np.asfortranarray(k), "scores": np.asfortranarray(s)},
+    "Fortran order": lambda k, s: {
+        "keypoints": np.asfortranarray(k),
+        "scores": np.asfortranarray(s),
+    },
     "big-endian": lambda k, s: {"keypoints": k.astype(">f4"), "scores": s.astype(">f8")},
     "tuples": lambda k, s: {"keypoints": tuple(k), "scores": tuple(s[:, None])},
     "OrderedDict": lambda k, s: OrderedDict(keypoints=k, scores=s),
@@ -371,7 +433,9 @@ def test_arrays_pickled_by_either_numpy_are_read(tmp_path, protocol, new):
         {"keypoints": list(keypoints[:, None]), "scores": scores, "start": np.int64(1)}, protocol
     )
     raw = renamed(raw, old, new)
-    assert new + b"." in raw and (old == new or old + b"." not in raw), "the test's own renaming failed"
+    assert new + b"." in raw and (old == new or old + b"." not in raw), (
+        "the test's own renaming failed"
+    )
     path = tmp_path / "clip.pkl"
     path.write_bytes(raw)
     found = load_pose_file(path)
@@ -380,7 +444,9 @@ def test_arrays_pickled_by_either_numpy_are_read(tmp_path, protocol, new):
 
 def test_npz_is_the_pickle_free_form(tmp_path):
     keypoints, scores = random_clip(5)
-    np.savez_compressed(tmp_path / "clip.npz", keypoints=keypoints[:, None], scores=scores, start=1, end=4)
+    np.savez_compressed(
+        tmp_path / "clip.npz", keypoints=keypoints[:, None], scores=scores, start=1, end=4
+    )
     found = load_pose_file(tmp_path / "clip.npz")
     assert np.array_equal(found[0], keypoints[1:4]) and np.array_equal(found[1], scores[1:4])
 
@@ -403,10 +469,14 @@ def test_start_and_end_cut_the_clip(tmp_path, more, wanted):
 def test_pixels_are_divided_by_the_size_and_known_by_their_values(tmp_path):
     keypoints, scores = random_clip()
     size = np.float32([640, 480])
-    pixels = load_pose_file(write_pose(tmp_path / "a.pkl", keypoints * size, scores, w_h=[640, 480]))[0]
+    pixels = load_pose_file(
+        write_pose(tmp_path / "a.pkl", keypoints * size, scores, w_h=[640, 480])
+    )[0]
     assert np.allclose(pixels, keypoints, atol=1e-5), "pixels with w_h are divided by it"
     normal = load_pose_file(write_pose(tmp_path / "b.pkl", keypoints, scores, w_h=[640, 480]))[0]
-    assert np.array_equal(normal, keypoints), "w_h stands on normalised clips, too: they are left alone"
+    assert np.array_equal(normal, keypoints), (
+        "w_h stands on normalised clips, too: they are left alone"
+    )
     alone = load_pose_file(write_pose(tmp_path / "c.pkl", keypoints * size, scores))[0]
     assert np.array_equal(alone, keypoints * size), "pixels without w_h are left to crop_scale"
 
@@ -420,6 +490,7 @@ def test_unseen_joints_do_not_decide_whether_a_clip_is_in_pixels(tmp_path):
 
 
 # ---------------------------------------------------------------------------------- load_pose_file: bad ones
+
 
 def _nested(depth):
     """Two names for each list: a pickle of a few bytes a level, 2 ** depth places once it is walked."""
@@ -436,7 +507,10 @@ BAD_POSES = {
     "three coordinates": {"keypoints": np.zeros((4, 133, 3)), "scores": S},
     "no frames, lists": {"keypoints": [], "scores": []},
     "no frames, arrays": {"keypoints": np.zeros((0, 133, 2)), "scores": np.zeros((0, 133))},
-    "no frames, person axis": {"keypoints": np.zeros((0, 1, 133, 2)), "scores": np.zeros((0, 1, 133))},
+    "no frames, person axis": {
+        "keypoints": np.zeros((0, 1, 133, 2)),
+        "scores": np.zeros((0, 1, 133)),
+    },
     "no person": {"keypoints": np.zeros((4, 0, 133, 2)), "scores": np.zeros((4, 0, 133))},
     "lengths differ": {"keypoints": K, "scores": S[:3]},
     "start is end": {"keypoints": K, "scores": S, "start": 2, "end": 2},
@@ -499,7 +573,9 @@ def test_a_missing_pose_file_is_an_error_and_never_zeros(tmp_path):
 def test_a_bad_npz_is_refused_by_name(tmp_path):
     np.savez(tmp_path / "whole.npz", keypoints=K, scores=S)
     whole = (tmp_path / "whole.npz").read_bytes()
-    np.savez(tmp_path / "objects.npz", keypoints=np.array([object_with_payload()], object), scores=S)
+    np.savez(
+        tmp_path / "objects.npz", keypoints=np.array([object_with_payload()], object), scores=S
+    )
     np.savez(tmp_path / "joints.npz", keypoints=K[:, :17], scores=S[:, :17])
     np.savez(tmp_path / "alone.npz", keypoints=K)
     for name, raw in (
@@ -517,7 +593,9 @@ def test_a_bad_npz_is_refused_by_name(tmp_path):
 def test_a_damaged_pose_file_never_ends_in_another_exception(tmp_path):
     """Cut at many places, or with single bytes changed: read, or refused as data; nothing else."""
     rng, path, odd = np.random.default_rng(0), tmp_path / "clip.pkl", []
-    short = pickle.dumps({"keypoints": K[:1], "scores": S[:1], "start": 0, "w_h": [1, 1]}, protocol=4)
+    short = pickle.dumps(
+        {"keypoints": K[:1], "scores": S[:1], "start": 0, "w_h": [1, 1]}, protocol=4
+    )
     cases = [GOOD[:cut] for cut in np.linspace(0, len(GOOD) - 1, 60).astype(int)]
     for raw in (GOOD, short):
         for _ in range(300):
@@ -528,7 +606,9 @@ def test_a_damaged_pose_file_never_ends_in_another_exception(tmp_path):
         path.write_bytes(raw)
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # a changed byte may make it an array of another dtype
+                warnings.simplefilter(
+                    "ignore"
+                )  # a changed byte may make it an array of another dtype
                 load_pose_file(path)
         except REFUSED as error:
             if "clip.pkl" not in str(error):
@@ -542,8 +622,10 @@ def test_a_damaged_pose_file_never_ends_in_another_exception(tmp_path):
 def test_nested_lists_that_double_at_each_level_are_refused_at_once(tmp_path, where):
     """200 bytes of file; at 40 levels a walk over it would take days. 27 levels keep a failing test short."""
     path, bomb = tmp_path / "bomb.pkl", _nested(27)
-    frames = {"as the frames": bomb, "as a later frame": [K[0], bomb], "inside a frame": [[bomb]]}[where]
-    path.write_bytes(pickle.dumps({"keypoints": frames, "scores": S[:len(frames)]}))
+    frames = {"as the frames": bomb, "as a later frame": [K[0], bomb], "inside a frame": [[bomb]]}[
+        where
+    ]
+    path.write_bytes(pickle.dumps({"keypoints": frames, "scores": S[: len(frames)]}))
     begun = time.process_time()
     with pytest.raises(DataError, match="bomb.pkl"):
         load_pose_file(path)
@@ -552,6 +634,7 @@ def test_nested_lists_that_double_at_each_level_are_refused_at_once(tmp_path, wh
 
 
 # ---------------------------------------------------------------------------------- untrusted pickles
+
 
 class Reduces:
     """Pickled, this is a call of function(*arguments)."""
@@ -580,7 +663,9 @@ def object_with_payload(command="true"):
 def call(name, *arguments):
     """A pickle, written by hand, that calls a global which Python's own pickler might not name so."""
     module, _, function = name.rpartition(".")
-    return b"\x80\x02c" + f"{module}\n{function}\n".encode() + pickle.dumps(arguments, 2)[2:-1] + b"R."
+    return (
+        b"\x80\x02c" + f"{module}\n{function}\n".encode() + pickle.dumps(arguments, 2)[2:-1] + b"R."
+    )
 
 
 def _text(value):
@@ -600,7 +685,10 @@ def attacks(marker):
         "exec": (pickle.dumps(Reduces(exec, python)), "builtins.exec"),
         "compile": (pickle.dumps(Reduces(compile, python, "x", "exec")), "builtins.compile"),
         "open": (pickle.dumps(Reduces(open, str(marker), "w")), "open"),
-        "subprocess": (pickle.dumps(Reduces(subprocess.Popen, ["touch", str(marker)])), "subprocess.Popen"),
+        "subprocess": (
+            pickle.dumps(Reduces(subprocess.Popen, ["touch", str(marker)])),
+            "subprocess.Popen",
+        ),
         "import": (pickle.dumps(Reduces(__import__, "os")), "builtins.__import__"),
         "importlib": (call("importlib.import_module", "os"), "importlib.import_module"),
         "getattr chain": (
@@ -620,13 +708,21 @@ def attacks(marker):
             "builtins.bytearray.__class__",
         ),
         "name from the memo": (
-            b"\x80\x04" + _text(posix.decode()) + b"q\x000" + _text("system") + b"q\x010h\x00h\x01\x93"
-            + _text(command) + b"\x85R.",
+            b"\x80\x04"
+            + _text(posix.decode())
+            + b"q\x000"
+            + _text("system")
+            + b"q\x010h\x00h\x01\x93"
+            + _text(command)
+            + b"\x85R.",
             system,
         ),
         "INST": (b"(S'" + command.encode() + b"'\ni" + posix + b"\nsystem\n.", system),
         "OBJ": (b"(c" + posix + b"\nsystem\nS'" + command.encode() + b"'\no.", system),
-        "NEWOBJ": (b"\x80\x02csubprocess\nPopen\n" + _text(command) + b"\x85\x81.", "subprocess.Popen"),
+        "NEWOBJ": (
+            b"\x80\x02csubprocess\nPopen\n" + _text(command) + b"\x85\x81.",
+            "subprocess.Popen",
+        ),
         "operator": (call("operator.attrgetter", "system"), "operator.attrgetter"),
         "functools": (call("functools.partial", "x"), "functools.partial"),
         "codecs.decode": (call("codecs.decode", "x", "rot13"), "codecs.decode"),
@@ -639,7 +735,10 @@ def attacks(marker):
             call("numpy.core.multiarray.fromfile", str(marker)),
             "numpy.core.multiarray.fromfile",
         ),
-        "numpy's runstring": (call("numpy.testing._private.utils.runstring", python, {}), "runstring"),
+        "numpy's runstring": (
+            call("numpy.testing._private.utils.runstring", python, {}),
+            "runstring",
+        ),
         "this project": (
             call("datasets_lite.make_demo_corpus", str(marker)),
             "datasets_lite.make_demo_corpus",
@@ -658,7 +757,10 @@ def attacks(marker):
             pickle.dumps(Reduces(array[0], np.ndarray, (evil,), b"b")),
             system,
         ),
-        "behind an entry that is fine": (pickle.dumps({"keypoints": K, "scores": S, "w_h": evil}), system),
+        "behind an entry that is fine": (
+            pickle.dumps({"keypoints": K, "scores": S, "w_h": evil}),
+            system,
+        ),
     }
     return found
 
@@ -677,11 +779,14 @@ def test_a_pickle_that_runs_code_is_refused_by_name_and_runs_nothing(tmp_path, n
         with pytest.raises(pickle.UnpicklingError) as caught:
             load(path)
         assert not marker.exists(), f"{path.name}: the payload ran"
-        assert path.name in str(caught.value) and wanted in str(caught.value), f"{wanted}: {caught.value}"
+        assert path.name in str(caught.value) and wanted in str(caught.value), (
+            f"{wanted}: {caught.value}"
+        )
 
 
 @pytest.mark.parametrize(
-    "name", ["os.system, protocol 4", "eval", "INST", "name from the memo", "object array", "nested"]
+    "name",
+    ["os.system, protocol 4", "eval", "INST", "name from the memo", "object array", "nested"],
 )
 def test_the_attacks_are_live(tmp_path, name):
     """Else the test above could not fail: Python's own unpickler runs them."""
@@ -692,8 +797,9 @@ def test_the_attacks_are_live(tmp_path, name):
 
 def test_the_data_set_never_runs_a_clip_s_code(tmp_path):
     """By the real way in: a downloaded corpus with one rigged pose among good ones."""
-    marker, label = tmp_path / "executed", write_corpus(
-        tmp_path, {f"c{i}": random_clip(seed=i) for i in range(3)}
+    marker, label = (
+        tmp_path / "executed",
+        write_corpus(tmp_path, {f"c{i}": random_clip(seed=i) for i in range(3)}),
     )
     (tmp_path / "pose_format" / "c1.pkl").write_bytes(attacks(marker)["os.system, protocol 4"][0])
     with pytest.raises(REFUSED, match="c1.*system"):
@@ -709,19 +815,30 @@ def _global(name):
 
 
 # (1,), dtype("O"), eight bytes
-POINTERS = (b"(K\x01\x85" + _global("numpy.dtype") + _text("O8") + b"\x85R"
-            + _global("_codecs.encode") + _text("\0" * 8) + _text("latin1") + b"\x86Rt")
+POINTERS = (
+    b"(K\x01\x85"
+    + _global("numpy.dtype")
+    + _text("O8")
+    + b"\x85R"
+    + _global("_codecs.encode")
+    + _text("\0" * 8)
+    + _text("latin1")
+    + b"\x86Rt"
+)
 MEMORY = {
     "an array of objects over raw bytes": _global("numpy.ndarray") + POINTERS + b"R",
     "the same through the class's __new__": _global("numpy.ndarray") + POINTERS + b"\x81",
-    "a record whose dtype hides an object": pickle.dumps(np.zeros(1, [("a", "O")]), 2)[2:-1]}
+    "a record whose dtype hides an object": pickle.dumps(np.zeros(1, [("a", "O")]), 2)[2:-1],
+}
 
 
 @pytest.mark.parametrize("name", MEMORY)
 def test_no_pickle_makes_objects_of_raw_bytes(tmp_path, name):
     """numpy takes such bytes for pointers: whoever writes the file chooses the address. (Null: harmless.)"""
     path = tmp_path / "the_clip.pkl"
-    path.write_bytes(b"\x80\x02}" + _text("keypoints") + MEMORY[name] + b"s" + _text("scores") + b"Ns.")
+    path.write_bytes(
+        b"\x80\x02}" + _text("keypoints") + MEMORY[name] + b"s" + _text("scores") + b"Ns."
+    )
     with pytest.raises(pickle.UnpicklingError, match="the_clip.pkl"):
         load_pose_file(path)
 
@@ -748,9 +865,13 @@ def test_a_pickle_cannot_change_the_functions_that_it_may_call(tmp_path, monkeyp
     state = pickle.dumps((None, {"__defaults__": ("rot13",)}), 2)[2:-1]
     (tmp_path / "a.pkl").write_bytes(b"\x80\x02" + _global("_codecs.encode") + state + b"b.")
     numeric = np._core.numeric if hasattr(np, "_core") else np.core.numeric
-    (tmp_path / "b.pkl").write_bytes(b"\x80\x02" + _global("numpy.core.numeric._frombuffer") + state + b"b.")
+    (tmp_path / "b.pkl").write_bytes(
+        b"\x80\x02" + _global("numpy.core.numeric._frombuffer") + state + b"b."
+    )
     before = codecs.encode("é", "latin1"), numeric._frombuffer.__defaults__
-    monkeypatch.setattr(numeric._frombuffer, "__defaults__", before[1])  # put back if this test fails
+    monkeypatch.setattr(
+        numeric._frombuffer, "__defaults__", before[1]
+    )  # put back if this test fails
     for name in ("a.pkl", "b.pkl"):
         with pytest.raises(REFUSED):
             load_pose_file(tmp_path / name)
@@ -762,13 +883,17 @@ def test_a_pickle_cannot_change_the_functions_that_it_may_call(tmp_path, monkeyp
 
 # ---------------------------------------------------------------------------------- labels
 
+
 @pytest.mark.parametrize("split, count", [("train", 18401), ("dev", 1077), ("test", 1176)])
 def test_the_real_csl_daily_labels_are_read(split, count):
     entries = load_dataset_file(shared("csl_daily_labels") / f"labels.{split}")
     assert len(entries) == count
     for key, value in entries.items():
         assert (
-            value["name"] and value["text"].strip() and isinstance(value["gloss"], list) and value["pose"]
+            value["name"]
+            and value["text"].strip()
+            and isinstance(value["gloss"], list)
+            and value["pose"]
         ), f"{key}: {value}"
 
 
@@ -790,7 +915,12 @@ def test_both_label_formats_give_the_same_entries(tmp_path):
     (tmp_path / "list.json").write_text(
         json.dumps(
             [
-                {"video": f"c{i}.mp4", "pose": f"c{i}.pkl", "text": "今天我买书。", "gloss": "今天 我 书 买"}
+                {
+                    "video": f"c{i}.mp4",
+                    "pose": f"c{i}.pkl",
+                    "text": "今天我买书。",
+                    "gloss": "今天 我 书 买",
+                }
                 for i in range(3)
             ]
         ),
@@ -877,7 +1007,8 @@ def test_missing_labels_are_an_error_and_never_an_empty_set(tmp_path):
 
 def test_a_bad_entry_is_named(tmp_path):
     path = write_labels(
-        tmp_path / "labels.train", {"good": entry("good"), "S000123_P0000": entry("S000123_P0000", "")}
+        tmp_path / "labels.train",
+        {"good": entry("good"), "S000123_P0000": entry("S000123_P0000", "")},
     )
     with pytest.raises(DataError, match="S000123_P0000"):
         load_dataset_file(path)
@@ -913,7 +1044,8 @@ def test_bad_clips_stop_the_run_before_its_first_step_and_are_named(mixed):
         SignLanguageDataset(label, scratch_config(), "train")
     named = [name for name in bad if name in str(caught.value)]
     assert len(named) >= 5 and str(len(bad)) in str(caught.value), (
-        f"{len(named)} of {len(bad)} named: {caught.value}")
+        f"{len(named)} of {len(bad)} named: {caught.value}"
+    )
     assert "good" not in str(caught.value)
 
 
@@ -961,7 +1093,9 @@ def test_the_files_are_read_once_and_again_only_where_they_changed(tmp_path, mon
     assert read == [] and second.lengths == first.lengths == [8, 9, 10, 11]
     write_pose(tmp_path / "data" / "pose_format" / "c2.pkl", *random_clip(20))
     third = SignLanguageDataset(label, config, "train")
-    assert read == ["c2"] and third.lengths == [8, 9, 20, 11], f"read {read}, lengths {third.lengths}"
+    assert read == ["c2"] and third.lengths == [8, 9, 20, 11], (
+        f"read {read}, lengths {third.lengths}"
+    )
     same = tmp_path / "data" / "pose_format" / "c1.pkl"
     # the same size, another time of change
     os.utime(same, ns=(same.stat().st_atime_ns, same.stat().st_mtime_ns + 5))
@@ -974,7 +1108,9 @@ def test_a_bad_clip_stays_bad_when_the_findings_are_reused(mixed, tmp_path):
     label, bad = mixed
     config = scratch_config(on_bad_clip="skip", output_dir=str(tmp_path / "run"))
     first, second = (SignLanguageDataset(label, config, "train") for _ in range(2))
-    assert [e["name"] for e in first.entries] == [e["name"] for e in second.entries] and len(second) == 3
+    assert [e["name"] for e in first.entries] == [e["name"] for e in second.entries] and len(
+        second
+    ) == 3
     strict = scratch_config(output_dir=str(tmp_path / "run"))
     with pytest.raises(DataError, match="zeros"):
         SignLanguageDataset(label, strict, "train")
@@ -989,18 +1125,28 @@ def test_half_a_cache_is_only_lost_time(tmp_path):
     assert len(SignLanguageDataset(label, config, "train")) == 1
 
 
-@pytest.mark.parametrize("pose", ["../secret.pkl", "sub/../../secret.pkl", "ABSOLUTE", "../../../etc/passwd"])
+@pytest.mark.parametrize(
+    "pose", ["../secret.pkl", "sub/../../secret.pkl", "ABSOLUTE", "../../../etc/passwd"]
+)
 @pytest.mark.parametrize("field", ["pose", "name"])
 def test_a_pose_outside_of_pose_format_is_never_read(tmp_path, pose, field, monkeypatch):
     secret = write_pose(tmp_path / "data" / "secret.pkl", *random_clip())
     pose = str(secret) if pose == "ABSOLUTE" else pose
     pose = pose.removesuffix(".pkl") if field == "name" else pose
     write_corpus(tmp_path / "data", {"good": random_clip()})
-    rigged = {"name": pose, "text": "x"} if field == "name" else {"name": "rigged", "text": "x", "pose": pose}
-    label = write_labels(tmp_path / "data" / "labels.train", {"good": entry("good"), "rigged": rigged})
+    rigged = (
+        {"name": pose, "text": "x"}
+        if field == "name"
+        else {"name": "rigged", "text": "x", "pose": pose}
+    )
+    label = write_labels(
+        tmp_path / "data" / "labels.train", {"good": entry("good"), "rigged": rigged}
+    )
     read, load = [], datasets_lite.load_pose_file
     monkeypatch.setattr(
-        datasets_lite, "load_pose_file", lambda path: (read.append(Path(path).resolve()), load(path))[1]
+        datasets_lite,
+        "load_pose_file",
+        lambda path: (read.append(Path(path).resolve()), load(path))[1],
     )
     with pytest.raises(DataError, match="rigged|secret|passwd"):
         SignLanguageDataset(label, scratch_config(), "train")
@@ -1008,7 +1154,9 @@ def test_a_pose_outside_of_pose_format_is_never_read(tmp_path, pose, field, monk
         label, scratch_config(on_bad_clip="skip", output_dir=str(tmp_path / "run")), "train"
     )
     assert [e["name"] for e in kept.entries] == ["good"]
-    outside = [path for path in read if (tmp_path / "data" / "pose_format").resolve() not in path.parents]
+    outside = [
+        path for path in read if (tmp_path / "data" / "pose_format").resolve() not in path.parents
+    ]
     assert not outside, f"read {outside}"
 
 
@@ -1016,7 +1164,9 @@ def test_a_pose_outside_of_pose_format_is_never_read(tmp_path, pose, field, monk
 def test_a_pose_name_that_no_file_can_have_is_a_bad_clip(tmp_path, pose):
     write_corpus(tmp_path, {"good": random_clip()})
     (tmp_path / "pose_format" / "folder").mkdir()
-    label = write_labels(tmp_path / "labels.train", {"good": entry("good"), "odd": entry("odd", pose=pose)})
+    label = write_labels(
+        tmp_path / "labels.train", {"good": entry("good"), "odd": entry("odd", pose=pose)}
+    )
     with pytest.raises((DataError, OSError), match="odd|File name too long"):
         SignLanguageDataset(label, scratch_config(), "train")
 
@@ -1027,8 +1177,10 @@ def test_the_pose_is_found_by_its_entry_then_by_name_pkl_then_by_name_npz(tmp_pa
         write_pose(folder / name, *random_clip(frames))
     keypoints, scores = random_clip(8)
     np.savez(folder / "c.npz", keypoints=keypoints, scores=scores)
-    label = write_labels(tmp_path / "labels.train", {
-        "a": entry("a", pose="own.pkl"), "b": entry("b", pose="absent.pkl"), "c": entry("c")})
+    label = write_labels(
+        tmp_path / "labels.train",
+        {"a": entry("a", pose="own.pkl"), "b": entry("b", pose="absent.pkl"), "c": entry("c")},
+    )
     # poses stand beside the labels, whatever it says
     elsewhere = scratch_config(data_dir=str(tmp_path / "another"))
     assert SignLanguageDataset(label, elsewhere, "train").lengths == [5, 7, 8]
@@ -1040,7 +1192,10 @@ def test_an_item_is_name_pose_text_gloss(clips):
     assert gloss == clips.entries[3]["gloss"]
     frames = clips.lengths[3]
     assert {part: tuple(pose[part].shape) for part in pose} == {
-        "body": (frames, 9, 3), "left": (frames, 21, 3), "right": (frames, 21, 3)}
+        "body": (frames, 9, 3),
+        "left": (frames, 21, 3),
+        "right": (frames, 21, 3),
+    }
 
 
 def test_a_batch_is_padded_with_zeros_at_its_end_and_the_mask_says_where(clips):
@@ -1054,23 +1209,34 @@ def test_a_batch_is_padded_with_zeros_at_its_end_and_the_mask_says_where(clips):
     assert src_input["src_length"].tolist() == lengths
     assert src_input["attention_mask"].sum(1).tolist() == lengths
     for i, (item, length) in enumerate(zip(items, lengths)):
-        assert src_input["attention_mask"][i].tolist() == [1] * length + [0] * (max(lengths) - length)
+        assert src_input["attention_mask"][i].tolist() == [1] * length + [0] * (
+            max(lengths) - length
+        )
         for part in ("body", "left", "right"):
             assert torch.equal(src_input[part][i, :length], item[1][part]), (
-                "a clip goes into the batch as it is")
-            assert not src_input[part][i, length:].any(), "what follows is zero, not the last frame again"
+                "a clip goes into the batch as it is"
+            )
+            assert not src_input[part][i, length:].any(), (
+                "what follows is zero, not the last frame again"
+            )
     assert src_input["names"] == [item[0] for item in items]
-    assert tgt_input == {"gt_sentence": [item[2] for item in items], "gt_gloss": [item[3] for item in items]}
+    assert tgt_input == {
+        "gt_sentence": [item[2] for item in items],
+        "gt_gloss": [item[3] for item in items],
+    }
 
 
 def test_the_loader_tokenises_where_it_is_told_how(demo):
     dataset = SignLanguageDataset(demo / "labels.dev", scratch_config(), "dev")
     dataset.encode = lambda texts: torch.tensor([[len(text)] for text in texts])
     _, tgt_input = dataset.collate_fn([dataset[0], dataset[1]])
-    assert tgt_input["labels"].flatten().tolist() == [len(text) for text in tgt_input["gt_sentence"]]
+    assert tgt_input["labels"].flatten().tolist() == [
+        len(text) for text in tgt_input["gt_sentence"]
+    ]
 
 
 # ---------------------------------------------------------------------------------- frames
+
 
 @pytest.mark.parametrize("phase, augment", [("train", False), ("train", True), ("dev", False)])
 def test_a_clip_with_few_usable_frames_never_stops_a_run_later(tmp_path, phase, augment):
@@ -1089,7 +1255,10 @@ def test_a_clip_with_few_usable_frames_never_stops_a_run_later(tmp_path, phase, 
 
 def ramp(frames):
     """A clip whose left wrist goes steadily to the right: its x tells the frame."""
-    keypoints, scores = np.tile(random_clip(1)[0], (frames, 1, 1)), np.full((frames, 133), 0.9, np.float32)
+    keypoints, scores = (
+        np.tile(random_clip(1)[0], (frames, 1, 1)),
+        np.full((frames, 133), 0.9, np.float32),
+    )
     keypoints[:, BODY] = np.linspace(0.2, 0.8, 9)[:, None]
     keypoints[:, 9, 0] = np.linspace(0.2, 0.8, frames)
     return keypoints.astype(np.float32), scores
@@ -1105,7 +1274,8 @@ def test_a_long_clip_is_sampled_over_its_whole_length(tmp_path, phase):
     assert dataset.lengths == [10, 10] and len(place) == 10
     assert (frames.diff() > 0).all(), f"in order: {frames.tolist()}"
     assert all(10 * i - 6 <= frame <= 10 * i + 16 for i, frame in enumerate(frames.tolist())), (
-        f"one a step: {frames.tolist()}")
+        f"one a step: {frames.tolist()}"
+    )
     assert len(dataset[1][1]["body"]) == 10
     assert torch.equal(dataset[1][1]["body"], load_part_kp(*ramp(10))["body"])
 
@@ -1126,13 +1296,16 @@ def test_augmentation_varies_training_clips_only(tmp_path):
     label = write_corpus(tmp_path, {"a": random_clip(30)})
     plain = load_part_kp(*random_clip(30))["body"]
     train, dev = (
-        SignLanguageDataset(label, scratch_config(augment=True), phase) for phase in ("train", "dev")
+        SignLanguageDataset(label, scratch_config(augment=True), phase)
+        for phase in ("train", "dev")
     )
     assert torch.equal(dev[0][1]["body"], plain)
     first, again = train[0][1]["body"], train[0][1]["body"]
     train.epoch = 1
     other = train[0][1]["body"]
-    assert torch.equal(first, again) and not (first.shape == other.shape and torch.equal(first, other))
+    assert torch.equal(first, again) and not (
+        first.shape == other.shape and torch.equal(first, other)
+    )
     assert not finite_and_bounded(train[0][1])
 
 
@@ -1143,7 +1316,8 @@ LENGTHS = np.random.default_rng(0).integers(20, 300, 203)
 
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize(
-    "size, accumulation, world", [(32, 1, 1), (2, 16, 1), (16, 1, 2), (3, 5, 2), (500, 1, 1), (7, 2, 3)]
+    "size, accumulation, world",
+    [(32, 1, 1), (2, 16, 1), (16, 1, 2), (3, 5, 2), (500, 1, 1), (7, 2, 3)],
 )
 def test_every_clip_comes_exactly_once_an_epoch(size, accumulation, world, shuffle):
     clips, batches = [], []
@@ -1152,12 +1326,17 @@ def test_every_clip_comes_exactly_once_an_epoch(size, accumulation, world, shuff
         sampler.epoch = 2
         plan = sampler.plan()
         assert len(list(sampler)) == len(plan) == len(sampler), (
-            f"{len(list(sampler))} batches, len() says {len(sampler)}")
+            f"{len(list(sampler))} batches, len() says {len(sampler)}"
+        )
         clips += [clip for _, batch, counts in plan if counts for clip in batch]
         batches.append(len(plan))
         assert all(1 <= len(batch) <= size for _, batch, _ in plan)
-    assert sorted(clips) == list(range(len(LENGTHS))), f"{len(clips)} clips, {len(set(clips))} different"
-    assert len(set(batches)) == 1, f"processes of {batches} batches would wait for each other for ever"
+    assert sorted(clips) == list(range(len(LENGTHS))), (
+        f"{len(clips)} clips, {len(set(clips))} different"
+    )
+    assert len(set(batches)) == 1, (
+        f"processes of {batches} batches would wait for each other for ever"
+    )
 
 
 def test_the_order_follows_from_seed_and_epoch_alone():
@@ -1165,6 +1344,7 @@ def test_the_order_follows_from_seed_and_epoch_alone():
         sampler = LengthBatchSampler(LENGTHS, 8, True, seed)
         sampler.epoch = epoch
         return list(sampler)
+
     assert order(1, 0) == order(1, 0)
     assert order(1, 0) != order(1, 1) and order(1, 0) != order(2, 0)
 
@@ -1189,13 +1369,15 @@ def steps(size, accumulation, world, epoch=0):
 
 
 @pytest.mark.parametrize(
-    "size, accumulation, world", [(2, 16, 1), (16, 1, 2), (8, 2, 2), (1, 32, 1), (4, 8, 1), (4, 2, 4)]
+    "size, accumulation, world",
+    [(2, 16, 1), (16, 1, 2), (8, 2, 2), (1, 32, 1), (4, 8, 1), (4, 2, 4)],
 )
 def test_a_step_s_clips_do_not_depend_on_how_the_window_is_divided(size, accumulation, world):
     for epoch in range(3):
         whole, divided = steps(32, 1, 1, epoch), steps(size, accumulation, world, epoch)
         assert whole == divided, (
-            f"epoch {epoch}: {sum(a != b for a, b in zip(whole, divided))} of {len(whole)} steps differ")
+            f"epoch {epoch}: {sum(a != b for a, b in zip(whole, divided))} of {len(whole)} steps differ"
+        )
         assert [len(step) for step in whole[:-1]] == [32] * 6 and len(whole[-1]) == 203 - 6 * 32
 
 
@@ -1209,15 +1391,20 @@ def test_an_interrupted_epoch_goes_on_with_the_batch_that_is_next():
 def test_batches_of_like_length_waste_less_than_random_ones():
     def waste(batches):
         return 1 - LENGTHS.sum() / sum(len(batch) * LENGTHS[batch].max() for batch in batches)
+
     order = np.random.default_rng(1).permutation(len(LENGTHS))
-    random = waste([order[i:i + 8] for i in range(0, len(order), 8)])
+    random = waste([order[i : i + 8] for i in range(0, len(order), 8)])
     sorted_ = waste(list(LengthBatchSampler(LENGTHS, 8, True, 1)))
-    assert sorted_ < random / 2, f"padding {100 * random:.0f} % in random batches, {100 * sorted_:.0f} % here"
+    assert sorted_ < random / 2, (
+        f"padding {100 * random:.0f} % in random batches, {100 * sorted_:.0f} % here"
+    )
 
 
 def test_evaluation_begins_with_the_longest_clips():
     batches = list(LengthBatchSampler(LENGTHS, 8, False))
-    assert LENGTHS[batches[0]].max() == LENGTHS.max(), "memory fails in the first batch, not in the last"
+    assert LENGTHS[batches[0]].max() == LENGTHS.max(), (
+        "memory fails in the first batch, not in the last"
+    )
 
 
 # ---------------------------------------------------------------------------------- the demo corpus
@@ -1240,17 +1427,26 @@ def test_the_demo_is_the_same_for_the_same_seed(tmp_path):
     )
     assert a.keys() == b.keys() and all(a[name] == b[name] for name in a)
     assert a.keys() == c.keys() and any(a[name] != c[name] for name in a)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"], "nothing else is left behind"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"], (
+        "nothing else is left behind"
+    )
 
 
 def test_no_dev_or_test_sentence_of_the_demo_occurs_in_train(tmp_path):
     folder = make_demo_corpus(tmp_path / "demo", 0, {"train": 150, "dev": 40, "test": 40})
     texts = {
-        split: [e["text"] for e in load_dataset_file(folder / f"labels.{split}").values()] for split in SMALL
+        split: [e["text"] for e in load_dataset_file(folder / f"labels.{split}").values()]
+        for split in SMALL
     }
-    assert {split: len(values) for split, values in texts.items()} == {"train": 150, "dev": 40, "test": 40}
+    assert {split: len(values) for split, values in texts.items()} == {
+        "train": 150,
+        "dev": 40,
+        "test": 40,
+    }
     shared_texts = set(texts["train"]) & set(texts["dev"] + texts["test"])
-    assert not shared_texts and not set(texts["dev"]) & set(texts["test"]), f"{len(shared_texts)} shared"
+    assert not shared_texts and not set(texts["dev"]) & set(texts["test"]), (
+        f"{len(shared_texts)} shared"
+    )
 
 
 def test_the_demo_comes_through_the_real_loader_and_looks_like_signing(demo):
@@ -1263,16 +1459,22 @@ def test_the_demo_comes_through_the_real_loader_and_looks_like_signing(demo):
             _, pose, text, gloss = dataset[i]
             assert not finite_and_bounded(pose) and gloss and text
             frames.append(len(pose["body"]))
-            dropped += int((~pose["left"].any(-1).any(-1)).sum() + (~pose["right"].any(-1).any(-1)).sum())
+            dropped += int(
+                (~pose["left"].any(-1).any(-1)).sum() + (~pose["right"].any(-1).any(-1)).sum()
+            )
             texts.append((text, gloss))
     assert max(frames) > 1.5 * min(frames) and dropped > 0, (
-        f"{min(frames)} to {max(frames)} frames, {dropped} hands dropped")
+        f"{min(frames)} to {max(frames)} frames, {dropped} hands dropped"
+    )
     assert any("，" in text or "？" in text for text, _ in texts)
     reordered = [
-        text for text, gloss in texts if [text.find(g) for g in gloss] != sorted(text.find(g) for g in gloss)
+        text
+        for text, gloss in texts
+        if [text.find(g) for g in gloss] != sorted(text.find(g) for g in gloss)
     ]
     assert len(reordered) > 20, (
-        f"the sign order differs from the word order in {len(reordered)} of {len(texts)}")
+        f"the sign order differs from the word order in {len(reordered)} of {len(texts)}"
+    )
 
 
 def test_a_demo_that_is_interrupted_leaves_no_half_corpus(tmp_path, monkeypatch):
@@ -1283,6 +1485,7 @@ def test_a_demo_that_is_interrupted_leaves_no_half_corpus(tmp_path, monkeypatch)
         if len(calls) == 3:
             raise KeyboardInterrupt
         return original(*arguments, **more)
+
     original = datasets_lite.pickle.dumps
     monkeypatch.setattr(datasets_lite.pickle, "dumps", fails_at_the_third)
     with pytest.raises(KeyboardInterrupt):
@@ -1295,13 +1498,18 @@ def test_a_demo_that_is_interrupted_leaves_no_half_corpus(tmp_path, monkeypatch)
 def test_augmentation_never_makes_a_clip_too_short_for_its_glosses():
     """Else CTC would stop a run at whatever epoch draws a fast one."""
     keypoints, scores = random_clip(10)
-    frames = [len(augment_clip(keypoints, scores, np.random.default_rng(s), least=10)[1]) for s in range(100)]
+    frames = [
+        len(augment_clip(keypoints, scores, np.random.default_rng(s), least=10)[1])
+        for s in range(100)
+    ]
     assert min(frames) >= 10 and max(frames) > 10, f"{min(frames)} to {max(frames)} frames"
 
 
 def test_an_epochs_lengths_are_those_of_its_augmented_clips(demo):
     """The sampler sorts by them; were they off, batches would be padded more, and nothing else would tell."""
-    dataset = SignLanguageDataset(demo / "labels.train", scratch_config(augment=True, max_length=40), "train")
+    dataset = SignLanguageDataset(
+        demo / "labels.train", scratch_config(augment=True, max_length=40), "train"
+    )
     for dataset.epoch in range(3):
         found = [len(dataset[i][1]["body"]) for i in range(len(dataset))]
         assert dataset.epoch_lengths() == found, f"epoch {dataset.epoch}"
@@ -1317,7 +1525,9 @@ def test_an_augmented_clip_is_the_same_motion_at_another_tilt_and_speed():
         moved, kept = augment_clip(keypoints, scores, np.random.default_rng(seed))
         frames = np.linspace(0, 29, len(kept)).round().astype(int)
         assert (kept == scores[frames]).all() and moved.dtype == np.float32
-        solved, *_ = np.linalg.lstsq(keypoints[frames].reshape(-1, 2).astype(float), moved.reshape(-1, 2), rcond=None)
+        solved, *_ = np.linalg.lstsq(
+            keypoints[frames].reshape(-1, 2).astype(float), moved.reshape(-1, 2), rcond=None
+        )
         assert np.abs(solved - np.eye(2)).max() < 0.25, f"seed {seed}: {solved}"
         left = moved - (keypoints[frames].reshape(-1, 2) @ solved).reshape(moved.shape)
         assert 0 < np.abs(left).max() < 0.03, f"seed {seed}: noise {np.abs(left).max():.4f}"
