@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Literal
 
 DEFAULT_DATA_DIR = "data/CSL_Daily_lite"
+DEFAULT_MT5 = "google/mt5-small"
 
 class ConfigError(ValueError):
     """A setting is out of range or contradicts another; the message names field, value and what would do."""
@@ -44,7 +45,7 @@ class TrainConfig:
     num_workers: int = option(2, "processes that load clips; 0 = in the main process")
 
     # --- model ---
-    mt5_path: str = option("google/mt5-small", "hub name or folder of an mT5; '' = small, from scratch")
+    mt5_path: str = option(DEFAULT_MT5, "hub name or folder of an mT5; '' = small, from scratch")
     init_from: str = option("", "another run's best/, whose weights this run starts from; '' = none")
     position_encoding: Literal["sinusoidal", "learned", "none"] = option(
         "sinusoidal", "absolute position added to the projected poses (review, cause 3)")
