@@ -1,136 +1,250 @@
 """What can be set. One dataclass field is one option: type, default, help and command-line flag.
 
-Edit a default here, or give `--field value`. A misspelt name fails, a value out of range is refused by name.
-    TrainConfig    fine-tunes a pretrained mT5 on CSL-Daily; its defaults follow the review
-    ScratchConfig  trains a small mT5 from nothing (`--mt5_path ""`): for a corpus of one's own
-    DemoConfig     ScratchConfig on the built-in synthetic corpus, so that `python train_lite.py` just runs
+Edit a default here, or give `--field value`. A misspelt name fails, a value out of range is refused
+by name.
+    TrainConfig      fine-tunes a pretrained mT5 on CSL-Daily; its defaults follow the review
+    InferenceConfig  how text is decoded
+    ScratchConfig    trains a small mT5 from nothing (`--mt5_path ""`): for a corpus of one's own
+    DemoConfig       ScratchConfig on the built-in corpus, so that `python train_lite.py` just runs
+
+What ScratchConfig and DemoConfig set in place of TrainConfig's defaults is printed before training.
 """
+
 import math
+import os
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Literal, get_args
 
 DEFAULT_DATA_DIR = "data/CSL_Daily_lite"
 DEFAULT_MT5 = "google/mt5-small"
 
+
 class ConfigError(ValueError):
-    """A setting is out of range or contradicts another; the message names field, value and what would do."""
+    """A setting is out of range or contradicts another; the message says what would do."""
+
 
 def option(default, help, **metadata):
-    """A dataclass field whose help text also serves `--help`; `aliases` are the original scripts' flags."""
+    """A dataclass field; its help text also serves `--help`.
+
+    group: the heading in `--help` of this field and those below it; aliases: the original scripts'
+    flags; least, most: the range of a number, 0 and infinity where they are not given.
+    """
     return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass(slots=True)
+class TrainConfig:
+    """Fine-tuning a pretrained mT5. Raises ConfigError naming field, value and what would do."""
+
+    # --- training (review, step 3) ---
+    batch_size: int = option(2, "clips per forward pass and process", least=1, group="training")
+    gradient_accumulation: int = option(16, "forward passes per optimiser step", least=1)
+    epochs: int = option(50, "passes over the training data; read where max_steps is 0")
+    max_steps: int = option(0, "optimiser steps; 0 = epochs decide")
+    learning_rate: float = option(2e-4, "peak rate of AdamW", most=1, aliases=["--lr"])
+    weight_decay: float = option(0.01, "AdamW's decay; norms and biases are spared")
+    max_grad_norm: float = option(1.0, "clip the gradient at this norm; 0 = off")
+    seed: int = option(42, "of weights, order, augmentation and dropout", most=2**63 - 1)
+
+    # --- learning rate schedule ---
+    warmup_epochs: float = option(
+        5, "linear warm-up; at most half of epochs, a tenth of max_steps", group="schedule"
+    )
+    min_lr: float = option(1e-6, "the rate at the end of the cosine")
+
+    # --- loss ---
+    label_smoothing: float = option(
+        0.0, "0 = off (review, cause 4); the plain nll is shown beside it", group="loss"
+    )
+    ctc_weight: float = option(
+        0.0, "of the CTC loss on glosses, over mT5's encoder; 0 = gloss-free"
+    )
+
+    # --- paths ---
+    mt5_path: str = option(
+        DEFAULT_MT5, "hub name or folder of an mT5; '' = a small one from scratch", group="paths"
+    )
+    data_dir: str = option(
+        DEFAULT_DATA_DIR, "holds labels.train, labels.dev, labels.test and pose_format/"
+    )
+    output_dir: str = option("", "where the run is written; '' = checkpoints/<name of data_dir>")
+    init_from: str = option(
+        "", "another run's best/, whose weights this run starts from; '' = none"
+    )
+
+    # --- clips and texts ---
+    max_length: int = option(
+        256,
+        "frames a clip at most; longer ones are sampled down evenly",
+        least=1,
+        most=2**16,
+        group="clips and texts",
+    )
+    max_text_length: int = option(
+        64, "pieces a text at most; longer ones are cut and counted", least=1, most=2**16
+    )
+    language: str = option("zh", "of the texts: zh is scored by character, others by word")
+    augment: bool = option(False, "vary speed, tilt, aspect and noise of the training clips")
+    on_bad_clip: Literal["error", "skip"] = option("error", "stop at bad clips, or leave them out")
+
+    # --- model ---
+    position_encoding: Literal["sinusoidal", "learned", "none"] = option(
+        "sinusoidal",
+        "absolute position added to the projected poses (review, cause 3)",
+        group="model",
+    )
+    temporal_stride: Literal[1, 2] = option(2, "frames per input position of mT5")
+    freeze_decoder_layers: int = option(
+        4, "first decoder blocks kept as pretrained (review, step 1)"
+    )
+    train_embedding: bool = option(True, "train the shared table of pieces, too")
+    trim_vocabulary: bool = option(
+        True, "cut pretrained tables to what the training texts can need"
+    )
+    d_model: int = option(128, "width of an mT5 from scratch, a multiple of 32", least=32)
+    num_layers: int = option(2, "encoder and decoder blocks, each, of an mT5 from scratch", least=1)
+    vocab_size: int = option(
+        1000, "longer pieces, beside all characters, of an mT5 from scratch", least=1
+    )
+    gradient_checkpointing: bool = option(
+        False, "recompute mT5's activations: less memory, more time"
+    )
+
+    # --- log ---
+    use_tensorboard: bool = option(
+        False, "write scalars to log_dir; needs the package tensorboard", group="log"
+    )
+    log_dir: str = option("runs", "TensorBoard's folder")
+    log_interval: int = option(10, "optimiser steps between log lines", least=1)
+
+    # --- validation ---
+    val_interval: int = option(1, "epochs between validations", least=1, group="validation")
+
+    # --- going on ---
+    resume_from: str = option(
+        "", "a last.pt to go on from; '' = see auto_resume", aliases=["--resume"], group="going on"
+    )
+    auto_resume: bool = option(True, "go on from output_dir/last.pt where there is one")
+
+    # --- machine ---
+    device: Literal["auto", "cuda", "mps", "cpu"] = option(
+        "auto", "auto = cuda where there is one, else cpu", group="machine"
+    )
+    num_workers: int = option(2, "processes that load clips; 0 = in the main process")
+
+    def __post_init__(self):
+        """Check every field by itself, then those that depend on each other."""
+        _check_fields(self, TrainConfig)
+        _require(self, "epochs", self.epochs or self.max_steps, "at least 1 where max_steps is 0")
+        _require(self, "learning_rate", self.learning_rate > 0, "above 0")
+        _require(self, "min_lr", self.min_lr <= self.learning_rate, "at most learning_rate")
+        _require(self, "label_smoothing", self.label_smoothing < 1, "below 1")
+        _require(self, "d_model", self.d_model % 32 == 0, "a multiple of 32")
+        enough = self.max_length >= self.temporal_stride
+        _require(self, "max_length", enough, "at least temporal_stride")
+        for name in ("mt5_path", "data_dir", "output_dir", "init_from", "log_dir", "resume_from"):
+            setattr(self, name, os.path.expanduser(getattr(self, name)))  # ~
+
 
 @dataclass(slots=True)
 class InferenceConfig:
     """How text is decoded; every field is an argument of `SignLanguageLite.generate`."""
-    num_beams: int = option(1, "beams; 1 = greedy")
-    max_new_tokens: int = option(64, "longest output, in pieces; at most 5/4 of the longest training text")
-    length_penalty: float = option(1.0, "above 0 favours longer outputs; read with beams only")
-    no_repeat_ngram_size: int = option(0, "forbid repeated n-grams of pieces; 0 = off: sentences do repeat")
+
+    num_beams: int = option(1, "beams; 1 = greedy", least=1, group="decoding")
+    max_new_tokens: int = option(
+        64, "longest output, in pieces; at most 5/4 of the longest training text", least=1
+    )
+    length_penalty: float = option(
+        1.0, "above 0 favours longer outputs; read with beams only", least=-math.inf
+    )
+    no_repeat_ngram_size: int = option(
+        0, "forbid repeated n-grams of pieces; 0 = off: sentences do repeat"
+    )
 
     def __post_init__(self):
-        _check_types(self)
-        _require(self, "num_beams", self.num_beams >= 1, "at least 1")
-        _require(self, "max_new_tokens", self.max_new_tokens >= 1, "at least 1")
+        _check_fields(self, InferenceConfig)
 
-@dataclass(slots=True)
-class TrainConfig:
-    """Fine-tuning a pretrained mT5. Raises ConfigError naming field, value and range."""
-    # --- data ---
-    data_dir: str = option(DEFAULT_DATA_DIR, "holds labels.train, labels.dev, labels.test, pose_format/")
-    language: str = option("zh", "of the texts: zh is scored by character, others by word")
-    max_length: int = option(256, "frames a clip at most; longer ones are sampled down evenly")
-    max_text_length: int = option(64, "pieces a text at most; longer ones are cut and counted")
-    on_bad_clip: Literal["error", "skip"] = option("error", "stop at bad clips, or leave them out")
-    augment: bool = option(False, "vary speed, tilt, aspect and noise of the training clips")
-    num_workers: int = option(2, "processes that load clips; 0 = in the main process")
-
-    # --- model ---
-    mt5_path: str = option(DEFAULT_MT5, "hub name or folder of an mT5; '' = small, from scratch")
-    init_from: str = option("", "another run's best/, whose weights this run starts from; '' = none")
-    position_encoding: Literal["sinusoidal", "learned", "none"] = option(
-        "sinusoidal", "absolute position added to the projected poses (review, cause 3)")
-    temporal_stride: Literal[1, 2] = option(2, "frames per mT5 input position")
-    freeze_decoder_layers: int = option(4, "first decoder blocks kept as pretrained (review, step 1)")
-    train_embedding: bool = option(True, "train the shared table of pieces, too")
-    trim_vocabulary: bool = option(True, "cut pretrained tables to pieces that the training texts can need")
-    gradient_checkpointing: bool = option(False, "recompute mT5's activations: less memory, more time")
-    d_model: int = option(128, "width of an mT5 from scratch, a multiple of 32")
-    num_layers: int = option(2, "encoder and decoder blocks, each, of an mT5 from scratch")
-    vocab_size: int = option(1000, "longer pieces, beside all characters, of an mT5 from scratch")
-
-    # --- loss ---
-    label_smoothing: float = option(0.0, "0 = off (review, cause 4); the plain nll is always shown beside it")
-    ctc_weight: float = option(0.0, "weight of the CTC loss on glosses over mT5's encoder; 0 = gloss-free")
-
-    # --- optimisation ---
-    batch_size: int = option(2, "clips per forward pass and process (review, step 3)")
-    gradient_accumulation: int = option(16, "forward passes per optimiser step (review, step 3)")
-    epochs: int = option(50, "passes over the training data; read when max_steps is 0")
-    max_steps: int = option(0, "optimiser steps; 0 = epochs decide")
-    learning_rate: float = option(2e-4, "peak rate of AdamW (review, step 3)", aliases=["--lr"])
-    min_lr: float = option(1e-6, "the rate at the end of the cosine")
-    warmup_epochs: float = option(5, "linear warm-up; at most half of epochs, a tenth of max_steps")
-    weight_decay: float = option(0.01, "AdamW's decay; norms and biases are spared")
-    max_grad_norm: float = option(1.0, "clip the gradient at this norm; 0 = off")
-
-    # --- run ---
-    output_dir: str = option("", "where the run is written; '' = checkpoints/<name of data_dir>")
-    seed: int = option(42, "of weights, order, augmentation and dropout")
-    device: Literal["auto", "cuda", "mps", "cpu"] = option("auto", "auto = cuda where there is one, else cpu")
-    log_interval: int = option(10, "optimiser steps between log lines")
-    val_interval: int = option(1, "epochs between validations")
-    resume_from: str = option("", "a last.pt to go on from; '' = see auto_resume", aliases=["--resume"])
-    auto_resume: bool = option(True, "go on from output_dir/last.pt where there is one")
-    use_tensorboard: bool = option(False, "write scalars to log_dir; needs the package tensorboard")
-    log_dir: str = option("runs", "TensorBoard's folder")
-
-    def __post_init__(self):
-        """Check every field by itself, then those that depend on each other."""
-        _check_types(self)
-        for name in ("batch_size", "gradient_accumulation", "max_length", "max_text_length", "vocab_size",
-                     "num_layers", "log_interval", "val_interval"):
-            _require(self, name, getattr(self, name) >= 1, "at least 1")
-        _require(self, "epochs", self.epochs >= 1 or self.max_steps >= 1, "at least 1 where max_steps is 0")
-        _require(self, "learning_rate", 0 < self.learning_rate <= 1, "above 0, at most 1")
-        _require(self, "min_lr", self.min_lr <= self.learning_rate, "at most learning_rate")
-        _require(self, "label_smoothing", self.label_smoothing < 1, "at least 0 and below 1")
-        _require(self, "d_model", self.d_model >= 32 and self.d_model % 32 == 0, "a multiple of 32")
-        _require(self, "max_text_length", self.max_text_length <= 2**16, "at most 65536")
-        _require(self, "max_length", self.temporal_stride <= self.max_length <= 2**16, "the stride to 65536")
-        _require(self, "seed", self.seed < 2**63, "below 2**63")
 
 @dataclass(slots=True)
 class ScratchConfig(TrainConfig):
-    """A small mT5 from scratch: no language to keep, so a high rate, a budget in steps, and glosses."""
+    """A small mT5 from scratch: no language to keep, so a high rate, steps, and glosses."""
+
     mt5_path: str = ""
-    learning_rate: float = 1e-3
     batch_size: int = 32
     gradient_accumulation: int = 1
     max_steps: int = 1500
-    val_interval: int = 5
+    learning_rate: float = 1e-3
     ctc_weight: float = 0.5
     augment: bool = True
+    val_interval: int = 5
+
 
 @dataclass(slots=True)
 class DemoConfig(ScratchConfig):
     """The built-in corpus, in under five minutes on two cores."""
+
     data_dir: str = "data/demo"
     max_steps: int = 800
 
-def _check_types(config):
+
+def make_config(kind, values):
+    """A configuration of this kind from those of the values that are its fields."""
+    names = [item.name for item in fields(kind)]
+    return kind(**{name: values[name] for name in names if name in values})
+
+
+def set_instead(config):
+    """One line on what ScratchConfig or DemoConfig has in place of TrainConfig's defaults, or "".
+
+    Who edits a default of TrainConfig is told here where the edit does not reach.
+    """
+    plain = {item.name: item.default for item in fields(TrainConfig)}
+    changes = []
     for item in fields(config):
-        value, choices = getattr(config, item.name), getattr(item.type, "__args__", None)
+        value = getattr(config, item.name)
+        given = value != item.default  # on the command line
+        if not given and value != plain[item.name]:
+            change = f"{item.name} {value!r} (TrainConfig: {plain[item.name]!r})"
+            if item.name == "max_steps":
+                change += f" instead of epochs {config.epochs}"
+            changes.append(change)
+    return f"{type(config).__name__} sets: {', '.join(changes)}" if changes else ""
+
+
+def _check_fields(config, owner):
+    """Type, choices and range of each field; owner is the class whose options say what they are."""
+    known = {item.name for item in fields(owner)}
+    for item in fields(config):
+        if item.name not in known:
+            raise ConfigError(
+                f"{type(config).__name__}.{item.name}: {owner.__name__} has no field of that name; "
+                f"one of the two is misspelt"
+            )
+    for item in fields(owner):
+        value = getattr(config, item.name)
+        choices = get_args(item.type)  # of a Literal
         if choices:
-            known = value in choices and type(value) is type(choices[0])
-            _require(config, item.name, known, "one of " + ", ".join(map(repr, choices)))
+            fits = value in choices and type(value) is type(choices[0])
+            _require(config, item.name, fits, "one of " + ", ".join(map(repr, choices)))
         elif item.type in (int, float):
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            _require(config, item.name, number, "a finite number")
-            _require(config, item.name, item.type is float or isinstance(value, int), "a whole number")
-            _require(config, item.name, value >= 0 or item.name == "length_penalty", "not negative")
+            _check_number(config, item, value)
         else:
-            _require(config, item.name, isinstance(value, item.type), f"a {item.type.__name__}")
+            fits = isinstance(value, item.type)
+            _require(config, item.name, fits, f"a {item.type.__name__}")
+
+
+def _check_number(config, item, value):
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    _require(config, item.name, is_number and math.isfinite(value), "a finite number")
+    if item.type is int:
+        _require(config, item.name, isinstance(value, int), "a whole number")
+    least = item.metadata.get("least", 0)
+    most = item.metadata.get("most", math.inf)
+    _require(config, item.name, value >= least, f"at least {least}")
+    _require(config, item.name, value <= most, f"at most {most}")
+
 
 def _require(config, name, holds, wanted):
     if not holds:
-        raise ConfigError(f"{type(config).__name__}.{name} is {getattr(config, name)!r}: it must be {wanted}")
+        value = getattr(config, name)
+        raise ConfigError(f"{type(config).__name__}.{name} is {value!r}: it must be {wanted}")

@@ -18,9 +18,8 @@ import re
 import tempfile
 import unicodedata
 import zipfile
-from collections import Counter
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,7 +33,7 @@ from torch import nn
 from transformers import Cache, MT5Config, MT5ForConditionalGeneration, T5Tokenizer
 from transformers.modeling_outputs import BaseModelOutput
 
-from config_lite import DEFAULT_MT5, ConfigError, TrainConfig
+from config_lite import DEFAULT_MT5, ConfigError, TrainConfig, make_config
 from datasets_lite import BODY, LEFT, LEFT_WRIST, RIGHT_WRIST, DataError, ctc_positions
 
 IGNORE = -100  # label of padding
@@ -204,20 +203,12 @@ class SignLanguageLite(nn.Module):
 
     def _print_parameters(self):
         """A line a part: its parameters, and how many of them train."""
-        total = Counter()
-        trainable = Counter()
-        for name, parameter in self.named_parameters():
-            owner, part, *_ = name.split(".")
-            if owner != "mt5_model":
-                part = "front-end"
-            for key in (part, "all"):
-                total[key] += parameter.numel()
-                if parameter.requires_grad:
-                    trainable[key] += parameter.numel()
-        titles = {"shared": "piece table", "encoder": "mT5 encoder", "decoder": "mT5 decoder"}
-        for part in ("front-end", "shared", "encoder", "decoder", "lm_head", "all"):
-            title = titles.get(part, part)
-            print(f"  {title:12} {total[part]:>13,} parameters, {trainable[part]:>13,} trainable")
+        mt5 = self.mt5_model
+        blocks = {"encoder blocks": mt5.encoder.block, "decoder blocks": mt5.decoder.block}
+        for title, part in {"all": self, "mT5": mt5, "head": mt5.lm_head, **blocks}.items():
+            total = sum(p.numel() for p in part.parameters())
+            trainable = sum(p.numel() for p in part.parameters() if p.requires_grad)
+            print(f"  {title:14} {total:>13,} parameters, {trainable:>13,} trainable")
 
     def encode_pose(self, src_input):
         """-> embeddings (B, T', d_model), mask (B, T'). Raises ValueError beyond max_length."""
@@ -389,10 +380,9 @@ class SignLanguageLite(nn.Module):
 
     def load_saved(self, state):
         """Load what `state_to_save` gave. DataError where names or shapes differ, or tied."""
-        own = self.state_to_save()
-        wrong = own.keys() ^ state.keys()
-        if not wrong:
-            wrong = [name for name in own if own[name].shape != state[name].shape]
+        own = {name: value.shape for name, value in self.state_to_save().items()}
+        given = {name: value.shape for name, value in state.items()}
+        wrong = [name for name in own | given if own.get(name) != given.get(name)]
         if wrong:
             raise DataError(f"the saved weights do not fit this configuration, first: {min(wrong)}")
         self.load_state_dict(state, strict=False)
@@ -449,12 +439,10 @@ class SignLanguageLite(nn.Module):
     def from_pretrained(cls, folder):
         """A run's model, in eval mode, from its folder or best/. DataError names what is amiss."""
         folder = find_best(folder)
-        known = {item.name for item in fields(TrainConfig)}
         try:
             content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            config = {name: value for name, value in content.items() if name in known}
-            saved = content["model"] | {"folder": folder}
-            model = cls(TrainConfig(**config), saved=saved)
+            config = make_config(TrainConfig, content)
+            model = cls(config, saved=content["model"] | {"folder": folder})
             model.load_saved(load_file(folder / "model.safetensors"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             reason = f"{type(error).__name__}: {error}"
@@ -730,32 +718,26 @@ def mt5_folder(path):
 
     Raises ConfigError where one is missing: transformers would make up a vocabulary of 3 pieces.
     """
-    advice = (
-        "download google/mt5-small and name its folder, or train a small mT5 from scratch: "
-        "--mt5_path ''"
-    )
-    needed = {
-        "config.json": ["config.json"],
-        "spiece.model or tokenizer.json": ["spiece.model", "tokenizer.json"],
-        "model.safetensors or pytorch_model.bin": ["*.safetensors", "pytorch_model*.bin"],
-    }
+    advice = "download google/mt5-small and name its folder, or train from scratch: --mt5_path ''"
+    needed = [
+        ["config.json"],
+        ["spiece.model", "tokenizer.json"],
+        ["*.safetensors", "pytorch_model*.bin"],
+    ]
     beside = Path(__file__).with_name("pretrained_weight") / "mt5-small"  # the original's place
     if path == DEFAULT_MT5 and beside.is_dir():
         path = beside
     if not Path(path).is_dir():
         try:
-            path = snapshot_download(path, allow_patterns=sum(needed.values(), []))
+            path = snapshot_download(path, allow_patterns=sum(needed, []))
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"mt5_path is {path!r}: no such folder, and the hub did not give it "
                 f"({str(error).splitlines()[0]}); {advice}"
             ) from error
-    missing = []
-    for title, patterns in needed.items():
-        if not any(list(Path(path).glob(pattern)) for pattern in patterns):
-            missing.append(title)
-    if missing:
-        raise ConfigError(f"mt5_path {path}: no {', no '.join(missing)} there; {advice}")
+    for names in needed:
+        if not any(list(Path(path).glob(name)) for name in names):
+            raise ConfigError(f"mt5_path {path}: no {' or '.join(names)} there; {advice}")
     return path
 
 

@@ -141,7 +141,40 @@ def test_the_defaults_are_the_contract_s():
 
 
 def test_the_contract_s_options_exist():
-    wanted = ["batch_size", "gradient_accumulation", "epochs", "learning_rate", "weight_decay", "warmup_epochs", "min_lr", "label_smoothing", "max_length", "max_text_length", "gradient_checkpointing", "use_tensorboard", "log_dir", "log_interval", "val_interval", "resume_from", "auto_resume", "device", "num_workers", "max_steps", "max_grad_norm", "init_from", "augment", "ctc_weight", "trim_vocabulary", "train_embedding", "output_dir", "seed", "language", "position_encoding", "temporal_stride", "on_bad_clip"]
+    wanted = [
+        "batch_size",
+        "gradient_accumulation",
+        "epochs",
+        "learning_rate",
+        "weight_decay",
+        "warmup_epochs",
+        "min_lr",
+        "label_smoothing",
+        "max_length",
+        "max_text_length",
+        "gradient_checkpointing",
+        "use_tensorboard",
+        "log_dir",
+        "log_interval",
+        "val_interval",
+        "resume_from",
+        "auto_resume",
+        "device",
+        "num_workers",
+        "max_steps",
+        "max_grad_norm",
+        "init_from",
+        "augment",
+        "ctc_weight",
+        "trim_vocabulary",
+        "train_embedding",
+        "output_dir",
+        "seed",
+        "language",
+        "position_encoding",
+        "temporal_stride",
+        "on_bad_clip",
+    ]
     assert not set(wanted) - set(NAMES), f"missing: {sorted(set(wanted) - set(NAMES))}"
     decoding = {item.name for item in fields(InferenceConfig)}
     assert decoding == {"num_beams", "max_new_tokens", "length_penalty", "no_repeat_ngram_size"}

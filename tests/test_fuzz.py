@@ -172,7 +172,7 @@ def fuzz_arrays(data):
         result, scale, _ = crop_scale(motion, 0.3)
         assert np.isfinite(result).all() and np.isfinite(scale)
         if frames:
-            moved, kept = augment_clip(*stored, rng)
+            moved, kept = augment_clip(*stored, rng, frames + 1)
             sound(load_part_kp(moved, kept), len(kept))
 
     return outcome_of(read)
