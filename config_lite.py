@@ -37,22 +37,26 @@ class TrainConfig:
     """Fine-tuning a pretrained mT5. Raises ConfigError naming field, value and what would do."""
 
     # --- training (review, step 3) ---
+    # batch_size x gradient_accumulation x processes: clips a step, 32 at least (review)
     batch_size: int = option(2, "clips per forward pass and process", least=1, group="training")
     gradient_accumulation: int = option(16, "forward passes per optimiser step", least=1)
     epochs: int = option(50, "passes over the training data; read where max_steps is 0")
     max_steps: int = option(0, "optimiser steps; 0 = epochs decide")
+    # for pretrained weights; from scratch it is too low, see ScratchConfig
     learning_rate: float = option(2e-4, "peak rate of AdamW", most=1, aliases=["--lr"])
     weight_decay: float = option(0.01, "AdamW's decay; norms and biases are spared")
     max_grad_norm: float = option(1.0, "clip the gradient at this norm; 0 = off")
     seed: int = option(42, "of weights, order, augmentation and dropout", most=2**63 - 1)
 
     # --- learning rate schedule ---
+    # rises from the first optimiser step, not once an epoch
     warmup_epochs: float = option(
         5, "linear warm-up; at most half of epochs, a tenth of max_steps", group="schedule"
     )
     min_lr: float = option(1e-6, "the rate at the end of the cosine")
 
     # --- loss ---
+    # smoothing hid a uniform output, by the review; the loss on glosses needs glosses
     label_smoothing: float = option(
         0.0, "0 = off (review, cause 4); the plain nll is shown beside it", group="loss"
     )
@@ -61,6 +65,7 @@ class TrainConfig:
     )
 
     # --- paths ---
+    # paths may begin with ~
     mt5_path: str = option(
         DEFAULT_MT5, "hub name or folder of an mT5; '' = a small one from scratch", group="paths"
     )
@@ -73,6 +78,7 @@ class TrainConfig:
     )
 
     # --- clips and texts ---
+    # position tables hold max_length frames; CSL-Daily has about 120 on average
     max_length: int = option(
         256,
         "frames a clip at most; longer ones are sampled down evenly",
@@ -83,7 +89,9 @@ class TrainConfig:
     max_text_length: int = option(
         64, "pieces a text at most; longer ones are cut and counted", least=1, most=2**16
     )
+    # it decides how BLEU cuts a text, nothing else
     language: str = option("zh", "of the texts: zh is scored by character, others by word")
+    # new every epoch; evaluation reads clips as they are
     augment: bool = option(False, "vary speed, tilt, aspect and noise of the training clips")
     on_bad_clip: Literal["error", "skip"] = option("error", "stop at bad clips, or leave them out")
 
@@ -93,7 +101,9 @@ class TrainConfig:
         "absolute position added to the projected poses (review, cause 3)",
         group="model",
     )
+    # 2 halves what the encoder works on; signs last 10 frames and more
     temporal_stride: Literal[1, 2] = option(2, "frames per input position of mT5")
+    # what of a pretrained mT5 trains; the encoder always does
     freeze_decoder_layers: int = option(
         4, "first decoder blocks kept as pretrained (review, step 1)"
     )
@@ -101,6 +111,7 @@ class TrainConfig:
     trim_vocabulary: bool = option(
         True, "cut pretrained tables to what the training texts can need"
     )
+    # from scratch alone: a pretrained mT5 has its own sizes
     d_model: int = option(128, "width of an mT5 from scratch, a multiple of 32", least=32)
     num_layers: int = option(2, "encoder and decoder blocks, each, of an mT5 from scratch", least=1)
     vocab_size: int = option(
@@ -111,6 +122,7 @@ class TrainConfig:
     )
 
     # --- log ---
+    # files and screen have the same figures
     use_tensorboard: bool = option(
         False, "write scalars to log_dir; needs the package tensorboard", group="log"
     )
@@ -121,12 +133,14 @@ class TrainConfig:
     val_interval: int = option(1, "epochs between validations", least=1, group="validation")
 
     # --- going on ---
+    # the same command goes on by itself: this is for another folder
     resume_from: str = option(
         "", "a last.pt to go on from; '' = see auto_resume", aliases=["--resume"], group="going on"
     )
     auto_resume: bool = option(True, "go on from output_dir/last.pt where there is one")
 
     # --- machine ---
+    # one machine; several processes are torchrun's matter
     device: Literal["auto", "cuda", "mps", "cpu"] = option(
         "auto", "auto = cuda where there is one, else cpu", group="machine"
     )
@@ -169,11 +183,14 @@ class InferenceConfig:
 class ScratchConfig(TrainConfig):
     """A small mT5 from scratch: no language to keep, so a high rate, steps, and glosses."""
 
+    # a vocabulary learnt from the texts, an mT5 of d_model and num_layers
     mt5_path: str = ""
     batch_size: int = 32
     gradient_accumulation: int = 1
+    # steps stay steps at a third of the data
     max_steps: int = 1500
     learning_rate: float = 1e-3
+    # glosses are the strongest help that a small corpus has
     ctc_weight: float = 0.5
     augment: bool = True
     val_interval: int = 5
@@ -183,6 +200,7 @@ class ScratchConfig(TrainConfig):
 class DemoConfig(ScratchConfig):
     """The built-in corpus, in under five minutes on two cores."""
 
+    # written on first use
     data_dir: str = "data/demo"
     max_steps: int = 800
 
@@ -198,6 +216,7 @@ def set_instead(config):
 
     Who edits a default of TrainConfig is told here where the edit does not reach.
     """
+    # beside the defaults as they stand in the file, edited or not
     plain = {item.name: item.default for item in fields(TrainConfig)}
     changes = []
     for item in fields(config):
@@ -213,6 +232,7 @@ def set_instead(config):
 
 def _check_fields(config, owner):
     """Type, choices and range of each field; owner is the class whose options say what they are."""
+    # a subclass may set fields, not make new ones
     known = {item.name for item in fields(owner)}
     for item in fields(config):
         if item.name not in known:
@@ -222,6 +242,7 @@ def _check_fields(config, owner):
             )
     for item in fields(owner):
         value = getattr(config, item.name)
+        # the type says what fits
         choices = get_args(item.type)  # of a Literal
         if choices:
             fits = value in choices and type(value) is type(choices[0])
@@ -234,6 +255,7 @@ def _check_fields(config, owner):
 
 
 def _check_number(config, item, value):
+    # True is an int to Python
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     _require(config, item.name, is_number and math.isfinite(value), "a finite number")
     if item.type is int:

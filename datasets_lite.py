@@ -67,6 +67,7 @@ def load_dataset_file(path, problems=None):
         raise DataError(
             f"{path}: a dict or list of entries was expected, found {reprlib.repr(data)}"
         )
+    # a list has no keys: they are made below
     pairs = data.items() if isinstance(data, dict) else enumerate(data)
     entries = {}
     faults = []
@@ -82,6 +83,7 @@ def load_dataset_file(path, problems=None):
                 entries[key] = make_entry(path, key, entry)
         except DataError as error:
             faults.append(str(error))
+    # `check` names all faults of a corpus, training stops at the first kind
     if problems is not None:
         problems += faults
     elif faults:
@@ -117,6 +119,7 @@ def make_entry(path, key, entry):
     if not isinstance(text, str) or not text.strip():
         found = reprlib.repr(text)
         raise DataError(f"{where} has no text (found {found}); give it one or remove the entry")
+    # words in a list, or in one text with spaces; none = gloss-free
     gloss = entry.get("gloss")
     if gloss is None:
         gloss = []
@@ -128,6 +131,7 @@ def make_entry(path, key, entry):
         raise DataError(f"{where} has glosses of type {kind}, a list of words was expected")
     name = str(entry.get("name") or key)
     pose = str(entry.get("pose") or f"{name}.pkl")
+    # no system has such a file, and Python would raise at every look
     if "\0" in name + pose:
         raise DataError(f"{where} has a name or pose that cannot be a file's; mend or remove it")
     "".join(
@@ -183,6 +187,7 @@ def crop_scale(motion, thr):
     valid_coords = place[usable]  # (usable joints, 2)
     if len(valid_coords) < 4:
         return np.zeros(motion.shape, np.float32), 0, None
+    # the box over the whole clip, so that motion stays motion
     low = valid_coords.min(axis=0)
     high = valid_coords.max(axis=0)
     scale = float((high - low).max())
@@ -225,6 +230,7 @@ class SignLanguageDataset(Dataset):
         self.label_path = Path(label_path)
         self.pose_dir = self.label_path.parent / "pose_format"
         self.encode = None
+        # labels, then poses: what is wrong is said before a model is built
         self.entries = list(load_dataset_file(label_path, problems).values())
         self.paths = [self._find(entry) for entry in self.entries]
         if config.output_dir:
@@ -233,6 +239,7 @@ class SignLanguageDataset(Dataset):
         if phase == "train" and config.ctc_weight:
             self._check_ctc()
         self._drop_bad(problems)
+        # frames after sampling, before augmentation
         self.lengths = [min(report.frames, config.max_length) for report in self.reports]
         self.begin_epoch(0)
 
@@ -256,6 +263,7 @@ class SignLanguageDataset(Dataset):
         self.frames = np.array([report.frames for report in self.reports])
         if self.phase == "train" and self.config.augment:
             rng = np.random.default_rng([self.config.seed, epoch])
+            # as often faster as slower: uniform in the logarithm
             factors = np.exp(rng.uniform(np.log(0.8), np.log(1.25), len(self)))
             # CTC needs as many as its glosses, where the clip had them
             need = [ctc_positions(entry["gloss"]) for entry in self.entries]
@@ -267,6 +275,7 @@ class SignLanguageDataset(Dataset):
     def collate_fn(self, batch):
         """Items -> (src_input, tgt_input); attention_mask (B, T): 1 = real frame, 0 = padding."""
         names, poses, texts, glosses = (list(column) for column in zip(*batch))
+        # zeros after a clip's end, and a mask that tells
         src_input = pad_poses(poses)
         src_input["names"] = names
         tgt_input = {"gt_sentence": texts, "gt_gloss": glosses}
@@ -279,6 +288,7 @@ class SignLanguageDataset(Dataset):
     def _find(self, entry):
         """The entry's pose, else name.pkl, else name.npz; None for one outside pose_format."""
         for name in (entry["pose"], entry["name"] + ".pkl", entry["name"] + ".npz"):
+            # a label must not make the loader read any file of the machine
             path = self.pose_dir / name
             if not path.resolve().is_relative_to(self.pose_dir.resolve()):
                 return None
@@ -297,6 +307,7 @@ class SignLanguageDataset(Dataset):
         keys = [file_key(path) for path in self.paths]
         known.pop("", None)  # a file that was missing may be there by now
         todo = [path for path, key in zip(self.paths, keys) if key not in known]
+        # few files are read sooner than processes start
         with ProcessPoolExecutor() if len(todo) >= 500 else nullcontext() as pool:
             reports = (
                 pool.map(inspect_clip, todo, chunksize=64) if pool else map(inspect_clip, todo)
@@ -314,6 +325,7 @@ class SignLanguageDataset(Dataset):
         for i, (entry, report) in enumerate(zip(self.entries, self.reports)):
             frames = min(report.frames, self.config.max_length)
             positions = math.ceil(frames / self.config.temporal_stride)
+            # CTC's loss would be infinite
             need = ctc_positions(entry["gloss"])
             if not report.problem and positions < need:
                 problem = (
@@ -373,6 +385,7 @@ def inspect_clip(path):
         keypoints, scores = load_pose_file(path)
     except (DataError, pickle.UnpicklingError, OSError) as error:
         return ClipReport(problem=str(error))
+    # counts for the report of `check`
     finite = np.isfinite(keypoints).all(-1)  # (T, 133)
     seen = (scores > THRESHOLD) & finite
     problem = ""
@@ -415,8 +428,10 @@ def read_clip(path, config, rng=None, frames=None):
     """
     stored = load_pose_file(path)
     keypoints, scores = stored
+    # on the clip as it was stored; its box is taken afterwards
     if rng is not None and config.augment:
         keypoints, scores = augment_clip(keypoints, scores, rng, frames or len(scores))
+    # at most max_length of them, over the whole clip
     chosen = sample_frames(len(scores), config.max_length, rng)
     pose = load_part_kp(keypoints[chosen], scores[chosen])
     if pose["body"].any():
@@ -450,9 +465,11 @@ def augment_clip(keypoints, scores, rng, frames):
 
     Tilt up to 10 degrees, aspect up to 10 %, noise of 0.3 % of the body's extent.
     """
+    # speed: frames are left out or shown twice
     chosen = np.linspace(0, len(scores) - 1, frames).round().astype(int)
     keypoints = keypoints[chosen]  # (frames, 133, 2)
     scores = scores[chosen]
+    # tilt and aspect, in one matrix
     angle = np.radians(rng.uniform(-10, 10))
     aspect = rng.uniform(0.9, 1.1)
     turn = np.float32([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
@@ -524,6 +541,7 @@ class LengthBatchSampler(Sampler):
 
     def _windows(self):
         """The epoch's clips, an array an optimiser step."""
+        # nothing but seed and epoch decides the order
         rng = np.random.default_rng([self.seed, self.epoch])
         count = len(self.lengths)
         order = rng.permutation(count) if self.shuffle else np.arange(count)
@@ -554,6 +572,7 @@ def load_pose_file(path):
         data = read_container(path)
         keypoints = all_frames(data["keypoints"], (JOINTS, 2), "keypoints", path)
         scores = all_frames(data["scores"], (JOINTS,), "scores", path)
+        # the two must belong together
         count = len(scores)
         if len(keypoints) != count:
             raise DataError(f"{path}: {len(keypoints)} frames of keypoints, but {count} of scores")
@@ -599,6 +618,7 @@ def all_frames(value, shape, field, path):
                 )
         check_size(path, 4 * first.size * len(value), f"{field} claims")  # one array, named often
         value = np.stack(value, dtype=np.float32, casting="unsafe")
+    # arrays of any float or integer kind
     array = np.asarray(value)
     if array.ndim == len(shape) + 2 and array.shape[1]:  # a person axis: the first is the signer
         array = array[:, 0]
@@ -789,6 +809,7 @@ def make_demo_corpus(data_dir, seed=0, splits=None):
     rng = np.random.default_rng(seed)
     if data_dir.exists() and (not data_dir.is_dir() or any(data_dir.iterdir())):
         raise DataError(f"{data_dir}: is there and not an empty folder; remove it or name another")
+    # as many different sentences as all splits need: none is in two
     sentences = {}
     while len(sentences) < sum(splits.values()):
         text, gloss = demo_sentence(rng)
@@ -820,6 +841,7 @@ def make_demo_corpus(data_dir, seed=0, splits=None):
                 }
             packed = gzip.compress(pickle.dumps(labels, protocol=4), mtime=0)
             (corpus / f"labels.{split}").write_bytes(packed)
+        # whole or not at all
         os.replace(corpus, data_dir)
     return data_dir
 
@@ -846,6 +868,7 @@ def demo_signs():
     signs = {}
     for _, _, choice in DEMO_WORDS.values():
         for word in choice.split():
+            # where the right wrist begins, how far it moves, how the hand is held
             place = complex(rng.uniform(-0.7, 0.2), rng.uniform(-0.5, 1.0))
             extent = rng.uniform(0, [0.4, 0.25])
             right = np.array([place, *extent * np.exp(2j * np.pi * rng.random(2))])
@@ -906,6 +929,7 @@ def demo_points(track):
     points[:, [3, 4]] = [0.17 - 0.57j, -0.17 - 0.57j]  # ears
     points[:, [5, 6]] = [0.5, -0.5]  # shoulders
     points[:, [7, 8]] = (points[:, [5, 6]] + wrists) / 2 + [0.2 + 0.25j, -0.2 + 0.25j]  # elbows
+    # the hands hang on them
     points[:, [9, 10]] = wrists
     points[:, LEFT] = wrists[:, :1] - demo_hand(left.real).conj()  # mirrored
     points[:, RIGHT] = wrists[:, 1:] + demo_hand(right.real)
@@ -914,6 +938,7 @@ def demo_points(track):
 
 def demo_hand(hand):
     """(T, 7) -> joints (T, 21) of a right hand around its wrist; at palm angle 0 it points up."""
+    # the fingers fan out, each bends at its joints
     flexion, spread, palm = np.split(hand[..., None], [5, 6], axis=1)  # (T, 5, 1), (T, 1, 1) twice
     fan = 1.3 * spread * np.arange(-2, 3)[:, None]  # (T, 5, 1)
     curl = 1.2 * flexion * np.arange(4)  # (T, 5, 4)

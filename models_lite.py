@@ -113,6 +113,7 @@ class SinusoidalPositionalEncoding(nn.Module):
         waves = [torch.sin(position * rate), torch.cos(position * rate)]
         table = torch.stack(waves, dim=-1).flatten(1)  # (max_length, d_model), sine, cosine, ...
         self.register_buffer("table", table, persistent=keep)
+        # in the buffer's place
         if learned:
             self.table = nn.Parameter(0.02 * torch.randn_like(table))
 
@@ -170,6 +171,7 @@ class SignLanguageLite(nn.Module):
             self.gloss_head = nn.Linear(d_model, 2 + len(self.glosses))
 
         self._init_weights()
+        # not reentrant: the frozen blocks' inputs need no gradient
         if config.gradient_checkpointing:
             self.mt5_model.gradient_checkpointing_enable({"use_reentrant": False})
         if not saved:
@@ -265,6 +267,7 @@ class SignLanguageLite(nn.Module):
         )
         logits = output.logits.float()  # (B, L, pieces)
         loss, nll, correct = text_loss(logits, labels, self.label_smoothing)
+        # what the sums are divided by; padding does not count
         tokens = int((labels != IGNORE).sum())
         gloss = None
         if self.gloss_head is not None:
@@ -297,6 +300,7 @@ class SignLanguageLite(nn.Module):
         spoil a whole split's BLEU.
         """
         hidden, mask = self._encode(src_input)  # (B, T', d_model), (B, T')
+        # transformers warns of a penalty without beams
         beams = {"length_penalty": length_penalty} if num_beams > 1 else {}
         rows = self.mt5_model.generate(
             encoder_outputs=BaseModelOutput(hidden),
@@ -385,6 +389,7 @@ class SignLanguageLite(nn.Module):
         wrong = [name for name in own | given if own.get(name) != given.get(name)]
         if wrong:
             raise DataError(f"the saved weights do not fit this configuration, first: {min(wrong)}")
+        # strict would miss the stacks' names of the shared table
         self.load_state_dict(state, strict=False)
         table = self.mt5_model.shared.weight.cpu()
         if not torch.equal(table, state["mt5_model.shared.weight"].cpu()):
@@ -397,6 +402,7 @@ class SignLanguageLite(nn.Module):
         row_of = {piece: row for row, piece in enumerate(other.codec.pieces())}
         mine = []
         theirs = []
+        # pieces are matched by their strings: ids differ between vocabularies
         for row, piece in enumerate(self.codec.pieces()):
             if piece in row_of:
                 mine.append(row)
@@ -454,6 +460,7 @@ def text_loss(logits, labels, smoothing):
     """logits (B, L, pieces) float32, labels (B, L) -> sums over real labels: loss, nll, correct."""
     flat = logits.flatten(0, 1)  # (B L, pieces)
     target = labels.flatten()  # (B L,)
+    # summed over the batch: whoever accumulates divides once, by all tokens
     nll = F.cross_entropy(flat, target, ignore_index=IGNORE, reduction="sum")
     loss = nll
     if smoothing:
@@ -610,6 +617,7 @@ def pieces_to_keep(tokenizer, texts=None):
     keep = keep.union(*tokenizer(list(texts)).input_ids)
     characters = set(unicodedata.normalize("NFKC", "".join(texts)))
     scripts = {script_of(character) for character in characters}
+    # what spells any other text in these scripts
     for piece, piece_id in usable.items():
         bare = piece.removeprefix("▁")
         spells = len(bare) == 1 and script_of(bare) in scripts
@@ -677,6 +685,7 @@ def pretrained_mt5(path, codec):
                 f"mt5_path {path}: not an mT5: its head is tied to the piece table, or that has "
                 f"{len(table)} rows, fewer than the {codec.keep[-1] + 1} pieces"
             )
+        # built small, then filled: the full tables are never in memory
         mt5_config.vocab_size = len(codec)
         mt5 = untie(MT5ForConditionalGeneration(mt5_config))
         weights["shared.weight"] = table[codec.keep]  # (pieces, d_model)
@@ -743,6 +752,7 @@ def mt5_folder(path):
 
 def untie(mt5):
     """mT5's head is its own table; transformers 5 silently ties it to the input's. Part them."""
+    # said in the config, too, so that no later call ties them again
     mt5.config.tie_word_embeddings = False
     if mt5.lm_head.weight is mt5.shared.weight:
         mt5.lm_head.weight = nn.Parameter(mt5.shared.weight.detach().clone())

@@ -99,6 +99,7 @@ class Place:
 
     def gather(self, rows=()):
         """The processes' lists, joined, in every process, which waits for the others here."""
+        # one process alone has only its own
         parts = [rows] * self.world
         if self.world > 1:
             dist.all_gather_object(parts, rows)
@@ -131,36 +132,36 @@ class Run:
     config: TrainConfig
     inference: InferenceConfig
     place: Place
-    folder: Path = Path()
+    folder: Path = Path()  # config.json, metrics.jsonl, last.pt, best/
     labels: str = ""  # digest of dev's and train's label files
 
     # what it works with
     data: Any = None  # {"train": SignLanguageDataset, "dev": ...}
-    loader: Any = None
-    dev_loader: Any = None
+    loader: Any = None  # of train, by length
+    dev_loader: Any = None  # longest clips first
     model: Any = None
     net: Any = None  # the model, or DistributedDataParallel around it
-    optimizer: Any = None
-    scheduler: Any = None
+    optimizer: Any = None  # AdamW
+    scheduler: Any = None  # stepped with it
     writer: Any = None  # TensorBoard's
     constant: str = ""  # train's most frequent text, a baseline
-    total_steps: int = 0
+    total_steps: int = 0  # the budget
 
     # where it stands; KEPT in last.pt, which is written between two steps only
-    epoch: int = 0
+    epoch: int = 0  # from 0
     batch: int = 0  # micro-batches of this process that are done in this epoch
     step: int = 0  # optimiser steps that are done
     skipped: int = 0  # of them, those that were not finite
-    bad_in_a_row: int = 0
+    bad_in_a_row: int = 0  # not finite, one after another
     meter: Counter = field(default_factory=Counter)  # sums since the last validation
     history: list = field(default_factory=list)  # the lines of metrics.jsonl
 
     # of the step that is under way
     window: Counter = field(default_factory=Counter)  # sums over its micro-batches
     clips: list = field(default_factory=list)  # their names
-    last_loss: float = math.nan
-    saved_at: float = field(default_factory=time.monotonic)
-    signals: Any = None
+    last_loss: float = math.nan  # of the last step, per token
+    saved_at: float = field(default_factory=time.monotonic)  # seconds
+    signals: Any = None  # Signals, while the loop runs
     stop_signal: int = 0  # a signal's number, known to all processes; 0 = none
 
     def description(self):
@@ -197,12 +198,14 @@ def find_latest_checkpoint(folder):
 
 def load_checkpoint(path):
     """last.pt -> its contents, on the CPU. Raises RunError for what is not one of ours."""
+    # the one thing that --resume of the original meets
     if str(path).endswith(".pth"):
         raise RunError(
             f"{path}: a checkpoint of the original scripts, of no use here: its front-end averages "
             "the joints away, its labels are shifted twice. Start anew, without --resume"
         )
     try:
+        # weights_only: whoever wrote the file runs no code here
         state = torch.load(path, map_location="cpu", weights_only=True)
         missing = {"model", "optimizer", "history", "config"} - state.keys()
         if missing:
@@ -227,7 +230,8 @@ def save_checkpoint(path, run):
         "model": run.model.state_to_save(),
         "optimizer": run.optimizer.state_dict(),
         "scheduler": run.scheduler.state_dict(),
-        "finished": run.step >= run.total_steps and run.validated,
+        "finished": run.step >= run.total_steps
+        and run.validated,  # then a second start changes nothing
     }
     write_whole(path, lambda aside: torch.save(state, aside))
 
@@ -245,6 +249,7 @@ def evaluate(model, data_loader, inference, place=None, constant="", stop=lambda
     place = place or Place()
     dataset = data_loader.dataset
     model.eval()
+    # a row a clip; sums over the split, so that short batches do not weigh more
     rows = []
     nll = []
     tokens = 0
@@ -257,17 +262,20 @@ def evaluate(model, data_loader, inference, place=None, constant="", stop=lambda
         with on_device(src_input, place) as src_input, place.autocast():
             output = model(src_input, tgt_input)
             texts = model.generate(src_input, **asdict(inference))
+        # the plain nll, whatever smoothing and CTC add to the loss
         nll.append(output.nll.item() * output.num_tokens)
         tokens += output.num_tokens
         correct += output.num_correct
         gloss = output.gloss or [None] * len(texts)
         sentences = tgt_input["gt_sentence"]
         rows += zip(clips, src_input["names"], sentences, texts, gloss, tgt_input["gt_gloss"])
+    # batches came by length: back to the order of the label file
     rows.sort(key=lambda row: row[0])
     metrics = {"dev_loss": math.fsum(nll) / tokens, "dev_accuracy": 100 * correct / tokens}
     predictions = [row[3] for row in rows]
     references = [row[2] for row in rows]
     metrics |= scores_and_baselines(predictions, references, dataset.config.language, constant)
+    # glosses are read where the model has a CTC head and the clip has glosses
     signed = [(row[4], row[5]) for row in rows if row[4] is not None and row[5]]
     if signed:
         wrong = sum(edit_distance(found, wanted) for found, wanted in signed)
@@ -285,11 +293,13 @@ def compute_metrics(predictions, references, language="zh"):
     count = len(references)
     if len(predictions) != count or not count:
         raise ValueError(f"{len(predictions)} predictions for {count} references: one each, please")
+    # mT5 gives half-width punctuation back: raw strings could never match
     predictions = [normalise(text, language) for text in predictions]
     references = [normalise(text, language) for text in references]
     pairs = list(zip(predictions, references))
     split = list if language == "zh" else str.split
     metrics = {}
+    # one figure an order; the last signature tells how they were made
     for order in (1, 2, 3, 4):
         bleu = make_bleu(language, order)
         metrics[f"bleu{order}"] = bleu.corpus_score(predictions, [references]).score
@@ -306,12 +316,14 @@ def compute_metrics(predictions, references, language="zh"):
 
 def train(config, inference, args=None):
     """Train as config says, or go on where an earlier run stopped; returns the exit code."""
+    # where: process, device, folder; nothing is written yet
     place = find_place(config)
     if isinstance(config, DemoConfig):
         demo_banner(config, place)
     run = Run(config, inference, place, labels=labels_digest(config))
     run.folder, last = agree_on_folder(run)
     with lock_folder(run.folder) if place.rank == 0 else nullcontext():
+        # go on, or find that there is nothing left to do
         state = load_checkpoint(last) if last else None
         if state and state["finished"] and not differences(run.description(), state["config"]):
             run.folder = last.parent
@@ -323,6 +335,7 @@ def train(config, inference, args=None):
         config.output_dir = str(run.folder)
         run.data = load_data(config, place)
         run.model = build_model(config, run.data, state).to(place.device)
+        # batches of like length; a window of them is one optimiser step
         steps_per_epoch = make_loaders(run)
         run.total_steps = config.max_steps or config.epochs * steps_per_epoch
         run.optimizer, run.scheduler = make_optimizer(
@@ -342,6 +355,7 @@ def train(config, inference, args=None):
                 if not run.history:
                     save_last(run)  # before best/ appears: from best/ alone a run could not go on
                     validate(run)
+                # an epoch a turn, until the budget is spent and the last weights are scored
                 while run.step < run.total_steps or not run.validated:
                     for batch in rest_of_epoch(run):
                         with run.timed("computed"):
@@ -350,6 +364,7 @@ def train(config, inference, args=None):
                                 optimiser_step(run)
                         if batch.last:
                             after_step(run)
+                    # the epoch or the budget is at its end
                     finished = run.step >= run.total_steps
                     due = finished or (run.epoch + 1) % config.val_interval == 0
                     if due and not run.validated:
@@ -375,6 +390,7 @@ def train(config, inference, args=None):
 
 def find_place(config):
     """The device, and the process group where torchrun started this process. Raises ConfigError."""
+    # torchrun says it in the environment; without it there is one process
     world = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -393,6 +409,7 @@ def find_place(config):
     if kind == "cuda":
         device = torch.device(kind, local_rank)
         torch.cuda.set_device(device)
+    # at the level of the system, so that libraries are silent, too
     if rank:
         sys.stdout.flush()
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # said once, not once a process
@@ -443,6 +460,7 @@ def agree_on_folder(run):
 def choose_folder(config, description):
     """-> (the run's folder, its last.pt or None). Another run is never written over."""
     resumed = None
+    # --resume: that run, in its own folder or copied into another
     if config.resume_from:
         resumed = Path(config.resume_from)
         changed = differences(load_checkpoint(resumed)["config"], description)
@@ -457,6 +475,7 @@ def choose_folder(config, description):
     base = Path(config.output_dir or f"checkpoints/{name}")
     folder = base
     number = 1
+    # the first folder that is free, or whose run this one goes on with
     while holds_a_run(folder):
         if config.auto_resume:
             last = find_latest_checkpoint(folder)
@@ -531,6 +550,7 @@ def build_model(config, data, state=None):
     texts = [entry["text"] for entry in entries]
     glosses = [entry["gloss"] for entry in entries]
     model = SignLanguageLite(config, texts, glosses)
+    # the same data must give the same vocabulary, else ids would mean other pieces
     if state:
         now = made_of(model, data)
         changed = [name for name in now if now[name] != state["made_of"][name]]
@@ -606,8 +626,10 @@ def make_optimizer(model, config, total_steps, steps_per_epoch):
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
+    # one kernel for all parameters, where torch has it
     fused = matrices[0].device.type != "mps"
     optimizer = torch.optim.AdamW(groups, config.learning_rate, fused=fused)
+    # a short run must not be all warm-up
     longest = total_steps // 10 if config.max_steps else total_steps // 2
     warmup = min(round(config.warmup_epochs * steps_per_epoch), longest)
     # of transformers' two cosines to a minimum, the one whose first step is not lost at rate zero
@@ -616,6 +638,7 @@ def make_optimizer(model, config, total_steps, steps_per_epoch):
 
 def restore(run, state):
     """Put a run where last.pt left it; the schedule is that of the budget asked for now."""
+    # moments and steps; then the rate, as the schedule of today's budget has it here
     run.optimizer.load_state_dict(state["optimizer"])
     run.scheduler.load_state_dict(state["scheduler"])
     for group, factor in zip(run.optimizer.param_groups, run.scheduler.lr_lambdas):
@@ -655,6 +678,7 @@ def print_plan(run):
     codec = run.model.codec
     window = run.loader.batch_sampler.window
     dev_texts = [entry["text"] for entry in run.data["dev"].entries]
+    # all that decides the run, so that a log alone tells what it was
     print("configuration: " + ", ".join(f"{k} {v!r}" for k, v in asdict(config).items()))
     print("\n".join(data_report(run.data, codec)))
     print(f"vocabulary: {len(codec):,} of {len(codec.tokenizer):,} pieces kept")
@@ -664,6 +688,7 @@ def print_plan(run):
         f"{place.world} processes = {window} clips; {run.total_steps} steps; {place.device}, "
         f"{precision}, {torch.get_num_threads()} threads"
     )
+    # what a first run gets wrong most often
     if config.ctc_weight and run.model.gloss_head is None:
         print("warning: ctc_weight is set, but labels.train has no glosses: training is gloss-free")
     if config.language == "zh" and max("".join(dev_texts)) < "\u2e80":
@@ -689,12 +714,14 @@ class MicroBatch(NamedTuple):
 
 def rest_of_epoch(run):
     """Yield the micro-batches of this epoch that are still to do, as long as the budget lasts."""
+    # order and speeds follow from seed and epoch: an interrupted epoch is the same again
     sampler = run.loader.batch_sampler
     sampler.epoch = run.epoch
     sampler.lengths = run.data["train"].begin_epoch(run.epoch)
     sampler.start = run.batch
     plan = sampler.plan()
     run.net.train()
+    # starts the loading processes
     batches = iter(run.loader)
     for number, _, counts in plan[run.batch :]:
         if run.step >= run.total_steps:
@@ -712,12 +739,15 @@ def micro_batch(run, number, counts, src_input, tgt_input, last):
     # from seed, epoch and number alone: a resumed run, or more processes, draw the same dropout
     seeds = np.random.SeedSequence([run.config.seed, run.epoch, number])
     torch.manual_seed(int(seeds.generate_state(1)[0]))
+    # gradients travel once a window, not once a batch
     exchange_later = run.place.world > 1 and not last
     silent = run.net.no_sync() if exchange_later else nullcontext()
     with on_device(src_input, run.place) as src_input, silent:
         with run.place.autocast():
             output = run.net(src_input, tgt_input)
+        # summed, not averaged: texts of unlike length weigh by their tokens
         summed_loss = output.loss * output.num_tokens
+        # a gradient of zeros, for which the other processes wait
         if not counts:
             summed_loss = summed_loss * 0.0
         summed_loss.backward()
@@ -743,6 +773,7 @@ def optimiser_step(run):
     A step that is not finite is skipped; RunError after ten of them in a row.
     """
     signal_number = run.signals.number if run.signals else 0
+    # tokens of all processes, and whether one of them was asked to stop
     parts = run.place.gather([(run.window, signal_number)])
     run.stop_signal = max(number for _, number in parts)
     window = Counter()
@@ -754,6 +785,7 @@ def optimiser_step(run):
     for parameter in parameters:
         # DistributedDataParallel averages over processes: undo that, the mean is over tokens
         parameter.grad.mul_(run.place.world / tokens)
+    # norm before clipping; with max_grad_norm 0 it is only measured
     norm = torch.nn.utils.clip_grad_norm_(parameters, run.config.max_grad_norm or math.inf)
     if math.isfinite(norm) and math.isfinite(window["loss"]):
         run.meter.update(window)
@@ -767,9 +799,11 @@ def optimiser_step(run):
             f"not finite; {run.skipped} so far; clips: {', '.join(run.clips[:32])}",
             file=sys.stderr,
         )
+    # the schedule moves with every step, skipped or not
     run.optimizer.step()
     run.scheduler.step()
     run.optimizer.zero_grad(set_to_none=True)
+    # what follows begins a new window
     run.step += 1
     run.last_loss = window["loss"] / tokens
     run.window = Counter()
@@ -816,8 +850,10 @@ def after_step(run):
             "waiting_for_data": 100 * sums["waited"] / seconds,
         }
         report(run, "train", row)
+    # between two steps there is no gradient to keep
     if run.stop_signal:
         raise Stopped(run.stop_signal)
+    # an epoch may take hours
     if time.monotonic() - run.saved_at > SAVE_EVERY:
         save_last(run)
 
@@ -848,6 +884,7 @@ def validate(run):
         "lr": run.scheduler.get_last_lr()[0],
         "peak_memory_gb": run.place.peak_memory_gb(),
     }
+    # best is chosen among all, this one included
     run.history.append(metrics)
     run.meter = Counter()
     print_validation(run, metrics, rows)
@@ -903,6 +940,7 @@ class Signals:
     number = 0
 
     def __enter__(self):
+        # Python lets the main thread alone set handlers
         names = []
         if threading.current_thread() is threading.main_thread():
             names = ["SIGINT", "SIGTERM"]
@@ -1004,6 +1042,7 @@ def exchange(texts):
     """-> order: clip i is given clip order[i], of another text than its own wherever possible."""
     # by checksum: equal texts stand together, like ones, which a plain sort would pair, do not
     ranked = sorted(range(len(texts)), key=lambda i: (zlib.crc32(texts[i].encode()), texts[i]))
+    # no clip may get its own text back
     most = max(Counter(texts).values())
     shift = max(most, len(texts) // 2)  # farther than the clips of any one text reach
     order = np.empty(len(texts), int)
@@ -1017,6 +1056,7 @@ def scores_and_baselines(predictions, references, language, constant):
     BLEU of an order that no reference reaches is 0 for all: smoothing would give long garbage more.
     """
     perfect = compute_metrics(references, references, language)
+    # an order of BLEU that even the references themselves do not reach
     unreached = {key: 0.0 for key, value in perfect.items() if value == 0}
 
     def scores(texts):
@@ -1034,6 +1074,7 @@ def scores_and_baselines(predictions, references, language, constant):
 def collapse_warning(metrics, predictions):
     """A sentence where the outputs do not depend on the poses, else "". chrF tells."""
     top, count = Counter(predictions).most_common(1)[0]
+    # chrF knows single words, too, where BLEU-4 has nothing to count
     gap = metrics["chrf"] - metrics["shuffled_chrf"]
     variety = metrics["unique_ratio"] / metrics["reference_unique_ratio"]
     reads_poses = gap >= 1 and variety >= 0.2
@@ -1051,6 +1092,7 @@ def intervals(predictions, references, language, samples=1000):
     right = np.array([100.0 * (p == r) for p, r in zip(predictions, references)])
     resampled = np.random.default_rng(0).choice(right, (samples, len(right))).mean(1)
     low, high = np.percentile(resampled, [2.5, 97.5])
+    # sacrebleu resamples with a fixed seed of its own
     bleu = make_bleu(language).corpus_score(predictions, [references], n_bootstrap=samples)
     return {
         "exact_match": f"{right.mean():.2f} [{low:.2f}, {high:.2f}]",
@@ -1086,8 +1128,10 @@ def write_whole(path, content):
             content(aside)
         else:
             aside.write_bytes(content)
+        # on disk before the rename: a crash must not leave a name without its bytes
         for written in [*aside.rglob("*"), aside]:
             flush_to_disk(written)
+        # a folder cannot replace a folder: the old one steps aside
         if path.is_dir():
             shutil.rmtree(old, ignore_errors=True)
             os.replace(path, old)
@@ -1164,6 +1208,7 @@ def check_command(config, inference, args):
                 data[split] = dataset
         except (DataError, pickle.UnpicklingError) as error:
             problems.append(str(error))
+    # pieces are counted by the vocabulary that training would have
     codec = None
     if "train" in data:
         try:
@@ -1171,6 +1216,7 @@ def check_command(config, inference, args):
         except ConfigError as error:
             print(f"warning: texts are not counted in pieces: {error}")
     print("\n".join(data_report(data, codec)))
+    # every fault, not the first alone
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     if problems:
@@ -1210,6 +1256,7 @@ def pose_figures(split, dataset, warnings):
     total = frames.sum()
     over = 100 * (frames > limit).mean()
     dropped = 100 * np.maximum(frames - limit, 0).sum() / total
+    # shares of all joints of all frames
     unseen = np.sum([report.unseen for report in reports], axis=0)  # body, left, right
     body, left, right = 100 * unseen / total / [len(BODY), len(LEFT), len(RIGHT)]
     no_hand = 100 * sum(report.no_hand for report in reports) / total
@@ -1239,6 +1286,7 @@ def text_figures(split, dataset, codec, warnings):
     texts = [entry["text"] for entry in dataset.entries]
     ids = [codec.ids(text) for text in texts]
     lengths = np.array([len(rows) for rows in ids])
+    # they would train, or be scored, with an unknown piece
     unspellable = [text for text, rows in zip(texts, ids) if codec.unknown in rows]
     cut = 100 * (lengths > limit).mean()
     if cut:
@@ -1279,6 +1327,7 @@ def evaluate_command(config, inference, args):
     folder = find_best(args.run)
     place = find_place(config)
     model = SignLanguageLite.from_pretrained(folder).to(place.device)
+    # position tables hold so many
     longest = model.config.max_length
     if config.max_length > longest:
         raise ConfigError(f"max_length is {config.max_length}, the model takes {longest}")
@@ -1402,6 +1451,7 @@ def parse(argv):
         argv = ["train", *argv]
     command, *rest = argv
     if command not in COMMANDS:
+        # a misspelt command must not start a training
         names = ", ".join(COMMANDS)
         make_parser("...").error(f"no such command: {command!r}; there are {names}")
     args = make_parser(command).parse_args(rest)
@@ -1415,6 +1465,7 @@ def parse(argv):
         kind = choose_kind(given)
     if given.get("epochs") and "max_steps" not in given:
         values["max_steps"] = 0  # who asks for epochs gets epochs
+    # what was given wins over what was saved
     values |= given
     return command, make_config(kind, values), make_config(InferenceConfig, values), args
 
@@ -1422,6 +1473,7 @@ def parse(argv):
 def choose_kind(given):
     """The configuration whose defaults hold, after what was given and what config_lite.py says."""
     plain = TrainConfig()
+    # who names a folder, here or in config_lite.py, means it
     own_data = "data_dir" in given or plain.data_dir != DEFAULT_DATA_DIR
     if not own_data and not Path(DEFAULT_DATA_DIR).exists():
         return DemoConfig
