@@ -1453,7 +1453,7 @@ def parse(argv):
     if command not in COMMANDS:
         # a misspelt command must not start a training
         names = ", ".join(COMMANDS)
-        make_parser("...").error(f"no such command: {command!r}; there are {names}")
+        make_parser("COMMAND").error(f"no such command: {command!r}; there are {names}")
     args = make_parser(command).parse_args(rest)
     given = vars(args)
     kind = TrainConfig

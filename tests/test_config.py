@@ -2,12 +2,19 @@
 
 import ast
 import math
-from dataclasses import fields
+from dataclasses import fields, make_dataclass
 
 import pytest
 from conftest import ROOT
 
-from config_lite import ConfigError, DemoConfig, InferenceConfig, ScratchConfig, TrainConfig
+from config_lite import (
+    ConfigError,
+    DemoConfig,
+    InferenceConfig,
+    ScratchConfig,
+    TrainConfig,
+    set_instead,
+)
 
 KINDS = [TrainConfig, ScratchConfig, DemoConfig, InferenceConfig]
 NAMES = [item.name for item in fields(TrainConfig)]
@@ -222,3 +229,39 @@ def test_every_option_is_read_somewhere():
             ):
                 read.add(node.attr)
     assert not set(NAMES) - read, f"options that nothing reads: {sorted(set(NAMES) - read)}"
+
+
+# ------------------------------------------------------------------------- edited defaults
+
+
+def test_what_is_set_in_place_of_an_edited_default_is_named(monkeypatch):
+    """Else who edits TrainConfig's batch_size trains from scratch with another, untold."""
+    monkeypatch.setattr(TrainConfig.__dataclass_fields__["batch_size"], "default", 8)
+    monkeypatch.setattr(TrainConfig.__dataclass_fields__["epochs"], "default", 7)
+    line = set_instead(ScratchConfig(epochs=7))
+    assert line.startswith("ScratchConfig sets: batch_size 32 (TrainConfig: 8), ")
+    assert "max_steps 1500 (TrainConfig: 0) instead of epochs 7" in line
+    assert "\n" not in line
+
+
+def test_what_was_given_on_the_command_line_is_not_said_to_be_set():
+    line = set_instead(ScratchConfig(batch_size=4, max_steps=0))
+    assert "batch_size" not in line
+    assert "epochs" not in line, "epochs decide"
+    assert "learning_rate 0.001 (TrainConfig: 0.0002)" in line
+    assert set_instead(TrainConfig(batch_size=4)) == ""
+
+
+def test_a_field_that_only_a_subclass_has_is_refused():
+    """As where batch_size is misspelt in TrainConfig, and ScratchConfig sets the right one."""
+    misspelt = make_dataclass("Mine", [("batchsize", int, 8)], bases=(TrainConfig,))
+    with pytest.raises(ConfigError, match=r"Mine\.batchsize: TrainConfig has no field"):
+        misspelt()
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    config = TrainConfig(data_dir="~/corpus", mt5_path="~/mt5", init_from="~/run/best")
+    found = (config.data_dir, config.mt5_path, config.init_from)
+    home = "/home/someone"
+    assert found == (f"{home}/corpus", f"{home}/mt5", f"{home}/run/best")

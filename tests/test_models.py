@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import DynamicCache, MT5Config, MT5ForConditionalGeneration
 
+import models_lite
 from config_lite import ConfigError, InferenceConfig, TrainConfig
 from datasets_lite import BODY, DataError, SignLanguageDataset, load_dataset_file
 from models_lite import (
@@ -1145,3 +1146,49 @@ def test_no_output_grows_far_beyond_the_longest_training_text(clips, tmp_path):
         one.generate(src_input, max_new_tokens=64)
         one.generate(src_input, max_new_tokens=3)
     assert rows == [longest * 5 // 4 + 1, 3] * 2, f"longest {longest}, generated {rows}"
+
+
+def test_mt5_beside_the_scripts_is_taken_where_the_path_is_left_at_its_default(
+    mt5_folder, tmp_path, monkeypatch
+):
+    """Users of the original scripts have it there."""
+    beside = tmp_path / "pretrained_weight" / "mt5-small"
+    shutil.copytree(mt5_folder, beside)
+    monkeypatch.setattr(models_lite, "__file__", str(tmp_path / "models_lite.py"))
+    assert models_lite.mt5_folder("google/mt5-small") == beside
+    assert models_lite.mt5_folder(str(mt5_folder)) == str(mt5_folder)
+
+
+def test_only_the_rows_that_stay_are_read_of_a_pretrained_mt5(mt5_folder, monkeypatch):
+    """Both large tables together are a gigabyte in mT5-small."""
+    sizes = []
+    built = models_lite.MT5ForConditionalGeneration.__init__
+
+    def noting_its_size(self, config):
+        sizes.append(config.vocab_size)
+        built(self, config)
+
+    monkeypatch.setattr(models_lite.MT5ForConditionalGeneration, "__init__", noting_its_size)
+    model = pretrained_model(mt5_folder, TEXTS)
+    assert sizes == [len(model.codec)] and sizes[0] < len(model.mt5_tokenizer)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_weights_are_read_in_either_format_and_in_shards(mt5_folder, tmp_path, shards):
+    """google/mt5-small ships pytorch_model.bin; larger ones come in several files."""
+    weights = load_file(mt5_folder / "model.safetensors")
+    for kind in ("bin", "safetensors"):
+        folder = tmp_path / kind
+        shutil.copytree(mt5_folder, folder)
+        (folder / "model.safetensors").unlink()
+        names = sorted(weights)
+        for shard in range(shards):
+            part = {name: weights[name] for name in names[shard::shards]}
+            if kind == "bin":
+                torch.save(part, folder / f"pytorch_model-{shard}.bin")
+            else:
+                save_file(part, folder / f"model-{shard}.safetensors")
+        state = pretrained_model(folder, TEXTS).mt5_model.state_dict()
+        wanted = pretrained_model(mt5_folder, TEXTS).mt5_model.state_dict()
+        different = [name for name in wanted if not torch.equal(state[name], wanted[name])]
+        assert not different, f"{kind}: {different}"

@@ -1097,3 +1097,27 @@ def test_an_error_in_a_loading_process_is_one_line_and_ends_at_once(demo, tmp_pa
     assert errors == lines[-1:], done.stderr
     assert "train_00003.pkl" in errors[0]
     assert "Traceback" not in done.stderr
+
+
+def test_a_word_that_is_no_command_lists_the_commands(capsys):
+    """`python train_lite.py test` must not start a training."""
+    for word in ("test", "Train", "nowhere.pkl"):
+        assert command(word) == 2
+        error = capsys.readouterr().err
+        assert f"no such command: {word!r}" in error
+        assert all(name in error for name in ("train", "check", "evaluate", "translate"))
+
+
+def test_a_field_that_was_renamed_in_the_configuration_is_one_line(demo, monkeypatch, capsys):
+    def reads_an_old_name(config, inference, args):
+        return config.lr_scheduler
+
+    monkeypatch.setitem(train_lite.COMMANDS, "train", reads_an_old_name)
+    assert command("--data_dir", demo, "--mt5_path=") == 1
+    assert "ScratchConfig has no field 'lr_scheduler'" in capsys.readouterr().err
+
+
+def test_defaults_that_the_scratch_configuration_sets_are_named_before_training(demo, capsys):
+    assert command("--data_dir", demo, "--mt5_path=", "--resume", "nowhere.pt") == 1
+    line = capsys.readouterr().err.splitlines()[0]
+    assert line.startswith("ScratchConfig sets: batch_size 32 (TrainConfig: 2), ")
