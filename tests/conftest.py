@@ -1,4 +1,5 @@
-"""What the tests share: small clips and corpora in the real format, a tiny "pretrained" mT5, models, batches.
+"""What the tests share: small clips and corpora in the real format, a tiny "pretrained" mT5,
+models, batches.
 
 Everything is made in temporary folders, offline. Real data is read from ../shared/data beside the
 repository; a test that needs it is skipped where it is not there.
@@ -38,7 +39,7 @@ def shared(name):
     return SHARED / name
 
 
-# ---------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------------- files
 
 
 def random_clip(frames=12, seed=0):
@@ -84,7 +85,7 @@ def write_corpus(folder, clips, split="train"):
     return write_labels(Path(folder) / f"labels.{split}", {name: entry(name) for name in clips})
 
 
-# ---------------------------------------------------------------------------------- the demo, small
+# ------------------------------------------------------------------------- the demo, small
 
 
 @pytest.fixture(scope="session")
@@ -105,12 +106,14 @@ def clips(demo):
 
 def scratch_config(**options):
     """A small mT5 from scratch, without CTC and augmentation unless asked for."""
-    small = dict(d_model=32, num_layers=2, num_workers=0, ctc_weight=0.0, augment=False)
+    small = {"d_model": 32, "num_layers": 2, "num_workers": 0, "ctc_weight": 0.0, "augment": False}
     return ScratchConfig(**small | options)
 
 
 def scratch_model(dataset, seed=0, **options):
-    """A model from scratch on a data set's texts, in eval mode; the same seed gives the same weights."""
+    """A model from scratch on a data set's texts, in eval mode; the same seed gives the same
+    weights.
+    """
     torch.manual_seed(seed)
     entries = dataset.entries
     return SignLanguageLite(
@@ -136,24 +139,26 @@ def without_dropout(model):
     return model.train()
 
 
-# ---------------------------------------------------------------------------------- a tiny "pretrained" mT5
+# ------------------------------------------------------------------------- a tiny "pretrained" mT5
 
-MT5_SIZES = dict(
-    d_model=32,
-    d_kv=8,
-    num_heads=4,
-    d_ff=64,
-    num_layers=6,
-    num_decoder_layers=6,
-    decoder_start_token_id=0,
-)
+MT5_SIZES = {
+    "d_model": 32,
+    "d_kv": 8,
+    "num_heads": 4,
+    "d_ff": 64,
+    "num_layers": 6,
+    "num_decoder_layers": 6,
+    "decoder_start_token_id": 0,
+}
 
 
 @pytest.fixture(scope="session")
 def mt5_folder(tmp_path_factory):
-    """mT5's architecture at random with its head untied, the files google/mt5-small ships: no tokenizer.json.
+    """mT5's architecture at random with its head untied, the files google/mt5-small ships: no
+    tokenizer.json.
 
-    The tables have more rows than the vocabulary has pieces, as mT5's own do. The vocabulary is the real
+    The tables have more rows than the vocabulary has pieces, as mT5's own do. The vocabulary is the
+    real
     Chinese one where it is at hand, else one that is trained here.
     """
     folder = tmp_path_factory.mktemp("mt5")

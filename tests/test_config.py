@@ -1,4 +1,6 @@
-"""The configuration: the contract's defaults, every field checked by name, a typo that cannot go unseen."""
+"""The configuration: the contract's defaults, every field checked by name, a typo that cannot go
+unseen.
+"""
 
 import ast
 import math
@@ -99,7 +101,9 @@ def test_the_message_names_the_choices():
 
 @pytest.mark.parametrize("name", ["batch_size", "max_steps"])
 def test_a_whole_float_never_ends_up_where_an_int_is_needed(name):
-    """2.0 may be refused or made 2; kept as a float it would fail hours later, in a slice or a range."""
+    """2.0 may be refused or made 2; kept as a float it would fail hours later, in a slice or a
+    range.
+    """
     try:
         value = getattr(TrainConfig(**{name: 2.0}), name)
     except ConfigError as error:
@@ -125,22 +129,22 @@ def test_every_option_has_a_help_text_and_a_default_that_is_valid(kind):
 
 
 def test_the_defaults_are_the_contract_s():
-    wanted = dict(
-        learning_rate=2e-4,
-        batch_size=2,
-        gradient_accumulation=16,  # the review's step 3
-        freeze_decoder_layers=4,  # step 1
-        position_encoding="sinusoidal",  # step 4
-        label_smoothing=0.0,  # cause 4
-        mt5_path="google/mt5-small",
-        data_dir="data/CSL_Daily_lite",
-        language="zh",
-        max_steps=0,
-        init_from="",
-        ctc_weight=0.0,
-        use_tensorboard=False,
-        on_bad_clip="error",
-    )
+    wanted = {
+        "learning_rate": 2e-4,
+        "batch_size": 2,
+        "gradient_accumulation": 16,  # the review's step 3
+        "freeze_decoder_layers": 4,  # step 1
+        "position_encoding": "sinusoidal",  # step 4
+        "label_smoothing": 0.0,  # cause 4
+        "mt5_path": "google/mt5-small",
+        "data_dir": "data/CSL_Daily_lite",
+        "language": "zh",
+        "max_steps": 0,
+        "init_from": "",
+        "ctc_weight": 0.0,
+        "use_tensorboard": False,
+        "on_bad_clip": "error",
+    }
     config = TrainConfig()
     found = {name: getattr(config, name) for name in wanted}
     assert found == wanted
@@ -212,7 +216,9 @@ def test_the_demo_differs_from_scratch_only_in_what_it_must():
 
 
 def test_every_option_is_read_somewhere():
-    """The original's gradient_checkpointing, max_text_length and three more were read nowhere: they lied."""
+    """The original's gradient_checkpointing, max_text_length and three more were read nowhere: they
+    lied.
+    """
     read = set()
     for name in ("datasets_lite.py", "models_lite.py", "train_lite.py"):
         for node in ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8"))):

@@ -1,4 +1,6 @@
-"""From files to batches: what is read, what is refused and how; no pose whatever makes a batch unfit."""
+"""From files to batches: what is read, what is refused and how; no pose whatever makes a batch
+unfit.
+"""
 
 import codecs
 import gzip
@@ -49,13 +51,14 @@ REFUSED = (DataError, pickle.UnpicklingError)
 def finite_and_bounded(parts):
     """Complaints about tensors that are not finite or leave -1..1."""
     return [
-        f"{name}: {tensor.isnan().sum()} NaN, {tensor.isinf().sum()} Inf, largest {tensor.abs().max()}"
+        f"{name}: {tensor.isnan().sum()} NaN, {tensor.isinf().sum()} Inf, "
+        f"largest {tensor.abs().max()}"
         for name, tensor in parts.items()
         if not (tensor.isfinite().all() and tensor.abs().max() <= 1)
     ]
 
 
-# ---------------------------------------------------------------------------------- crop_scale
+# ------------------------------------------------------------------------- crop_scale
 
 
 def motion_of(frames=6, joints=9, seed=0):
@@ -165,7 +168,7 @@ def test_a_degenerate_box_is_no_clip(points):
 
 @pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
 def test_no_bit_pattern_whatever_makes_a_nan_or_a_warning(kind):
-    """Random bits: NaNs of all kinds (signalling ones, too), Inf, denormals, the largest numbers."""
+    """Random bits: NaNs of all kinds, signalling ones, too, Inf, denormals, the largest."""
     for seed in range(20):
         raw = np.random.default_rng(seed).bytes(5 * 133 * 3 * np.dtype(kind).itemsize)
         motion = np.frombuffer(raw, kind).reshape(5, 133, 3)
@@ -179,7 +182,7 @@ def test_no_bit_pattern_whatever_makes_a_nan_or_a_warning(kind):
         assert not finite_and_bounded(parts), f"seed {seed}: {finite_and_bounded(parts)}"
 
 
-# ---------------------------------------------------------------------------------- hostile poses
+# ------------------------------------------------------------------------- hostile poses
 
 
 def _at(where, value):
@@ -250,7 +253,7 @@ def test_hostile_poses_give_no_nan_and_no_warning(name):
 
 @pytest.mark.parametrize("augment", [False, True])
 def test_a_batch_of_hostile_clips_is_free_of_nan(tmp_path, augment):
-    """Through files, the data set and collate_fn; what cannot be used at all is left out by name."""
+    """Through files, the data set and collate_fn; what cannot be used is left out by name."""
     made = {}
     for i, (name, change) in enumerate(HOSTILE.items()):
         keypoints, scores = random_clip(seed=i)
@@ -275,7 +278,7 @@ def test_a_batch_of_hostile_clips_is_free_of_nan(tmp_path, augment):
     assert not {"all zeros", "all NaN", "all Inf", "confidences NaN", "confidences negative"} & kept
 
 
-# ---------------------------------------------------------------------------------- load_part_kp
+# ------------------------------------------------------------------------- load_part_kp
 
 
 def test_the_parts_are_the_joints_they_are_said_to_be():
@@ -368,7 +371,7 @@ def test_the_real_clip_has_its_known_figures():
     }
 
 
-# ---------------------------------------------------------------------------------- load_pose_file: forms
+# ------------------------------------------------------------------------- load_pose_file: forms
 
 FORMS = {
     "list of (1, 133, 2)": lambda k, s: {
@@ -415,7 +418,9 @@ def test_every_form_and_protocol_gives_the_same_arrays(tmp_path, form, protocol)
 
 
 def renamed(raw, old, new):
-    """A pickle as another numpy writes it: module names in the form of any protocol; frames are optional."""
+    """A pickle as another numpy writes it: module names in the form of any protocol; frames are
+    optional.
+    """
     raw = raw[:2] + raw[11:] if raw[2:3] == b"\x95" else raw
     raw = raw.replace(b"c" + old, b"c" + new)
     for module in (b".multiarray", b".numeric"):
@@ -489,11 +494,13 @@ def test_unseen_joints_do_not_decide_whether_a_clip_is_in_pixels(tmp_path):
     assert np.array_equal(found, keypoints)
 
 
-# ---------------------------------------------------------------------------------- load_pose_file: bad ones
+# ------------------------------------------------------------------------- load_pose_file: bad ones
 
 
 def _nested(depth):
-    """Two names for each list: a pickle of a few bytes a level, 2 ** depth places once it is walked."""
+    """Two names for each list: a pickle of a few bytes a level, 2 ** depth places once it is
+    walked.
+    """
     value = []
     for _ in range(depth):
         value = [value, value]
@@ -620,7 +627,9 @@ def test_a_damaged_pose_file_never_ends_in_another_exception(tmp_path):
 
 @pytest.mark.parametrize("where", ["as the frames", "as a later frame", "inside a frame"])
 def test_nested_lists_that_double_at_each_level_are_refused_at_once(tmp_path, where):
-    """200 bytes of file; at 40 levels a walk over it would take days. 27 levels keep a failing test short."""
+    """200 bytes of file; at 40 levels a walk over it would take days. 27 levels keep a failing test
+    short.
+    """
     path, bomb = tmp_path / "bomb.pkl", _nested(27)
     frames = {"as the frames": bomb, "as a later frame": [K[0], bomb], "inside a frame": [[bomb]]}[
         where
@@ -633,7 +642,7 @@ def test_nested_lists_that_double_at_each_level_are_refused_at_once(tmp_path, wh
     assert seconds < 0.5, f"{path.stat().st_size} bytes took {seconds:.1f} s"
 
 
-# ---------------------------------------------------------------------------------- untrusted pickles
+# ------------------------------------------------------------------------- untrusted pickles
 
 
 class Reduces:
@@ -661,7 +670,7 @@ def object_with_payload(command="true"):
 
 
 def call(name, *arguments):
-    """A pickle, written by hand, that calls a global which Python's own pickler might not name so."""
+    """A pickle, by hand, that calls a global which Python's own pickler might not name so."""
     module, _, function = name.rpartition(".")
     return (
         b"\x80\x02c" + f"{module}\n{function}\n".encode() + pickle.dumps(arguments, 2)[2:-1] + b"R."
@@ -673,7 +682,7 @@ def _text(value):
 
 
 def attacks(marker):
-    """{what: (pickle that would create the file `marker`, the global that it must be refused for)}."""
+    """{what: (pickle that would create the file `marker`, the global it is refused for)}."""
     command, python = f"touch {marker}", f"open({str(marker)!r}, 'w').close()"
     system, evil = f"{os.system.__module__}.system", object_with_payload(f"touch {marker}")
     posix = os.system.__module__.encode()
@@ -834,7 +843,9 @@ MEMORY = {
 
 @pytest.mark.parametrize("name", MEMORY)
 def test_no_pickle_makes_objects_of_raw_bytes(tmp_path, name):
-    """numpy takes such bytes for pointers: whoever writes the file chooses the address. (Null: harmless.)"""
+    """numpy takes such bytes for pointers: whoever writes the file chooses the address. (Null:
+    harmless.)
+    """
     path = tmp_path / "the_clip.pkl"
     path.write_bytes(
         b"\x80\x02}" + _text("keypoints") + MEMORY[name] + b"s" + _text("scores") + b"Ns."
@@ -861,7 +872,9 @@ def test_a_place_in_the_memo_that_nothing_can_have_filled_is_refused(tmp_path, p
 
 
 def test_a_pickle_cannot_change_the_functions_that_it_may_call(tmp_path, monkeypatch):
-    """BUILD with a pair of dicts sets attributes of whatever is on the stack, a function of ours included."""
+    """BUILD with a pair of dicts sets attributes of whatever is on the stack, a function of ours
+    included.
+    """
     state = pickle.dumps((None, {"__defaults__": ("rot13",)}), 2)[2:-1]
     (tmp_path / "a.pkl").write_bytes(b"\x80\x02" + _global("_codecs.encode") + state + b"b.")
     numeric = np._core.numeric if hasattr(np, "_core") else np.core.numeric
@@ -881,7 +894,7 @@ def test_a_pickle_cannot_change_the_functions_that_it_may_call(tmp_path, monkeyp
     assert np.array_equal(load_pose_file(path)[0], K), "the next file is read as ever"
 
 
-# ---------------------------------------------------------------------------------- labels
+# ------------------------------------------------------------------------- labels
 
 
 @pytest.mark.parametrize("split, count", [("train", 18401), ("dev", 1077), ("test", 1176)])
@@ -1014,7 +1027,7 @@ def test_a_bad_entry_is_named(tmp_path):
         load_dataset_file(path)
 
 
-# ---------------------------------------------------------------------------------- the data set
+# ------------------------------------------------------------------------- the data set
 
 BAD_CLIPS = {
     "zeros": (np.zeros_like(K), np.zeros_like(S)),
@@ -1028,7 +1041,7 @@ BAD_CLIPS = {
 
 @pytest.fixture
 def mixed(tmp_path):
-    """A corpus with three good clips, the bad ones above, a missing, an empty and a truncated file."""
+    """A corpus with three good clips, the bad ones above, a missing, an empty, a half file."""
     good = {f"good{i}": random_clip(8 + i, seed=i) for i in range(3)}
     label = write_corpus(tmp_path / "data", good | BAD_CLIPS)
     names = [*good, *BAD_CLIPS, "missing", "empty", "half"]
@@ -1235,12 +1248,14 @@ def test_the_loader_tokenises_where_it_is_told_how(demo):
     ]
 
 
-# ---------------------------------------------------------------------------------- frames
+# ------------------------------------------------------------------------- frames
 
 
 @pytest.mark.parametrize("phase, augment", [("train", False), ("train", True), ("dev", False)])
 def test_a_clip_with_few_usable_frames_never_stops_a_run_later(tmp_path, phase, augment):
-    """What the check before the first step lets through must be usable whichever frames an epoch draws."""
+    """What the check before the first step lets through must be usable whichever frames an epoch
+    draws.
+    """
     keypoints, scores = random_clip(40)
     scores[:17], scores[18:] = 0, 0  # the body is seen in one frame of 40
     label = write_corpus(tmp_path, {"a": (keypoints, scores)})
@@ -1310,7 +1325,7 @@ def test_augmentation_varies_training_clips_only(tmp_path):
     assert not finite_and_bounded(train[0][1])
 
 
-# ---------------------------------------------------------------------------------- batches by length
+# ------------------------------------------------------------------------- batches by length
 
 LENGTHS = np.random.default_rng(0).integers(20, 300, 203)
 
@@ -1377,7 +1392,7 @@ def test_a_step_s_clips_do_not_depend_on_how_the_window_is_divided(size, accumul
     for epoch in range(3):
         whole, divided = steps(32, 1, 1, epoch), steps(size, accumulation, world, epoch)
         assert whole == divided, (
-            f"epoch {epoch}: {sum(a != b for a, b in zip(whole, divided))} of {len(whole)} steps differ"
+            f"epoch {epoch}: {sum(a != b for a, b in zip(whole, divided))} of {len(whole)} steps"
         )
         assert [len(step) for step in whole[:-1]] == [32] * 6 and len(whole[-1]) == 203 - 6 * 32
 
@@ -1408,7 +1423,7 @@ def test_evaluation_begins_with_the_longest_clips():
     )
 
 
-# ---------------------------------------------------------------------------------- the demo corpus
+# ------------------------------------------------------------------------- the demo corpus
 
 SMALL = {"train": 12, "dev": 4, "test": 4}
 
@@ -1451,7 +1466,9 @@ def test_no_dev_or_test_sentence_of_the_demo_occurs_in_train(tmp_path):
 
 
 def test_the_demo_comes_through_the_real_loader_and_looks_like_signing(demo):
-    """Full-width punctuation, clips of different lengths, glosses not in the words' order, missing hands."""
+    """Full-width punctuation, clips of different lengths, glosses not in the words' order, missing
+    hands.
+    """
     frames, dropped, texts = [], 0, []
     for split, count in (("train", 40), ("dev", 10), ("test", 6)):
         dataset = SignLanguageDataset(demo / f"labels.{split}", scratch_config(), split)
@@ -1506,7 +1523,9 @@ def test_augmentation_never_makes_a_clip_too_short_for_its_glosses(tmp_path):
 
 
 def test_an_epochs_lengths_are_those_of_its_augmented_clips(demo):
-    """The sampler sorts by them; were they off, batches would be padded more, and nobody would know."""
+    """The sampler sorts by them; were they off, batches would be padded more, and nobody would
+    know.
+    """
     config = scratch_config(augment=True, max_length=40)
     dataset = SignLanguageDataset(demo / "labels.train", config, "train")
     for epoch in range(3):
@@ -1519,7 +1538,7 @@ def test_an_epochs_lengths_are_those_of_its_augmented_clips(demo):
 
 
 def test_an_augmented_clip_is_the_same_motion_at_another_tilt_and_speed():
-    """Turned back by the angle that its shoulders tell, what is left are the aspect and the noise."""
+    """Solved for the turn and turned back, what is left is the noise."""
     keypoints, scores = random_clip(30)
     for seed in range(20):
         moved, kept = augment_clip(keypoints, scores, np.random.default_rng(seed), 24 + seed)

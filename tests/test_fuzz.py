@@ -1,6 +1,7 @@
-"""Whatever arrays or bytes come in: a sound clip or a documented error; no NaN, no warning, no other exception.
+"""Whatever arrays or bytes come in: a sound clip or a documented error; no NaN, no warning, no
+other exception.
 
-    python tests/test_fuzz.py 20000     that many inputs, with the counts by kind and outcome, and the peak memory
+    python tests/test_fuzz.py 20000     that many inputs, counts by kind and outcome, peak memory
 
 As tests they run briefly; without the package hypothesis they are skipped.
 """
@@ -83,7 +84,9 @@ def sound(parts, frames):
 
 
 def outcome_of(function):
-    """What a loader makes of its input: "read", or the documented error's name; anything else goes up."""
+    """What a loader makes of its input: "read", or the documented error's name; anything else goes
+    up.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         try:
@@ -270,6 +273,7 @@ if __name__ == "__main__":
     for (kind, outcome), count in sorted(COUNTS.items()):
         print(f"{kind:20} {outcome:20} {count:7,}")
     print(
-        f"{sum(COUNTS.values()):,} inputs in {time.monotonic() - started:.0f} s, no NaN, no warning, no other error; "
+        f"{sum(COUNTS.values()):,} inputs in {time.monotonic() - started:.0f} s, no NaN, no "
+        "warning, no other error; "
         f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB"
     )

@@ -1,4 +1,6 @@
-"""From batches to a loss or to text: what trains, what a clip's result depends on, what the loss is."""
+"""From batches to a loss or to text: what trains, what a clip's result depends on, what the loss
+is.
+"""
 
 import math
 import shutil
@@ -53,7 +55,7 @@ def logits_by_hand(model, src_input, labels):
     ).logits
 
 
-# ---------------------------------------------------------------------------------- what trains
+# ------------------------------------------------------------------------- what trains
 
 
 def trainable_by_policy(name, depth, train_embedding):
@@ -162,11 +164,11 @@ def test_what_trains_is_printed_a_line_a_part(mt5_folder, capsys):
     ), printed
 
 
-# ---------------------------------------------------------------------------------- the tying trap
+# ------------------------------------------------------------------------- the tying trap
 
 
 def tied(model):
-    """Ways in which the head and the table of pieces are one, or a stack does not read the table."""
+    """Ways in which head and table of pieces are one, or a stack does not read the table."""
     mt5, faults = model.mt5_model, []
     head, table = mt5.lm_head.weight, mt5.shared.weight
     if head is table:
@@ -224,7 +226,7 @@ def test_a_pretrained_model_that_is_tied_is_refused(mt5_folder, tmp_path):
         pretrained_model(tmp_path / "tied")
 
 
-# ---------------------------------------------------------------------------------- best/, there and back
+# ------------------------------------------------------------------------- best/, there and back
 
 
 @pytest.mark.parametrize("kind", ["scratch", "scratch with glosses", "full tables", "trimmed"])
@@ -253,7 +255,7 @@ def test_a_saved_model_is_the_same_without_what_it_was_made_of(mt5_folder, tmp_p
 
 
 def test_a_trimmed_model_is_saved_without_the_full_tables(mt5_folder, tmp_path):
-    """From a toy vocabulary as from the real one: rows that no text can need are not carried along."""
+    """From a toy vocabulary as from the real one: rows that no text needs are left behind."""
     model = pretrained_model(mt5_folder, ["abc"])
     saved = load_file(save_best(model, tmp_path / "best") / "model.safetensors")
     full = load_file(mt5_folder / "model.safetensors")["shared.weight"]
@@ -304,12 +306,14 @@ def test_a_damaged_best_is_refused_and_named(tmp_path, clips, damage):
     )
 
 
-# ---------------------------------------------------------------------------------- what a clip may depend on
+# --------------------------------------------------------------------- what a clip may depend on
 
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_padding_does_not_change_a_clip(clips, stride):
-    """The original repeated the last frame, counted padding in its norms and let convolutions read it."""
+    """The original repeated the last frame, counted padding in its norms and let convolutions read
+    it.
+    """
     model = scratch_model(clips, temporal_stride=stride)
     for index in odd_batch(clips)[1:]:
         src_input, _ = batch_of(clips, [index])
@@ -364,7 +368,9 @@ def test_a_clip_s_loss_does_not_depend_on_its_batch(clips, training):
 
 @pytest.fixture(scope="module")
 def learnt(clips):
-    """A model from scratch that was trained on six clips until it had them by heart, and those clips."""
+    """A model from scratch that was trained on six clips until it had them by heart, and those
+    clips.
+    """
     model, indices = (
         without_dropout(scratch_model(clips, d_model=64, ctc_weight=0.5)),
         [0, 1, 2, 3, 4, 5],
@@ -382,7 +388,9 @@ def learnt(clips):
 
 
 def test_one_batch_is_learnt_to_the_exact_strings(learnt, clips):
-    """The self-test of the whole way: no fault between poses and text survives it, a second shift least."""
+    """The self-test of the whole way: no fault between poses and text survives it, a second shift
+    least.
+    """
     model, indices, losses = learnt
     src_input, tgt_input = batch_of(clips, indices)
     wanted = [unicodedata.normalize("NFKC", text) for text in tgt_input["gt_sentence"]]
@@ -438,7 +446,9 @@ def test_generate_takes_the_fields_of_inference_config_and_gives_texts(learnt, c
 
 
 def test_beams_find_what_was_learnt_by_heart(learnt, clips):
-    """More search may not find worse: beams that stop at the first finished texts cut the right one short."""
+    """More search may not find worse: beams that stop at the first finished texts cut the right one
+    short.
+    """
     model, indices, _ = learnt
     src_input, _ = batch_of(clips, indices)
     greedy = model.generate(src_input)
@@ -448,7 +458,7 @@ def test_beams_find_what_was_learnt_by_heart(learnt, clips):
         assert not wrong, f"{len(wrong)} of {len(greedy)} with {beams} beams: {wrong}"
 
 
-# ---------------------------------------------------------------------------------- positions and stride
+# ------------------------------------------------------------------------- positions and stride
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -530,7 +540,9 @@ def test_a_piece_s_place_is_the_same_when_decoding_one_by_one(clips, beams):
 
 @pytest.mark.parametrize("name", ["past_key_values", "cache", "some_later_name"])
 def test_the_decoder_s_cache_is_known_under_any_name(clips, name):
-    """transformers 5.24 renamed the argument; read by its old name, each piece had the first one's place."""
+    """transformers 5.24 renamed the argument; read by its old name, each piece had the first one's
+    place.
+    """
     model, cache = without_dropout(scratch_model(clips)), DynamicCache()
     cache.update(*torch.zeros(2, 1, 1, 3, 8), layer_idx=0)  # three pieces are there
     decoder, ids = model.mt5_model.decoder, torch.tensor([[5]])
@@ -552,7 +564,8 @@ def test_a_run_from_before_the_decoder_had_positions_is_refused(clips, tmp_path)
 
 def test_a_pretrained_decoder_is_given_its_pieces_as_they_are(mt5_folder, clips):
     model = without_dropout(pretrained_model(mt5_folder, TEXTS))
-    seen, (src_input, tgt_input) = decoder_inputs(model), batch_of(clips, [0])
+    seen = decoder_inputs(model)
+    src_input, _ = batch_of(clips, [0])
     with torch.no_grad():
         model(src_input, {"labels": torch.full((1, 6), 5), "gt_gloss": [[]]})
     assert torch.equal(seen[0][0, 1:], model.mt5_model.shared.weight[[5] * 5])
@@ -603,7 +616,7 @@ def test_max_length_is_what_the_data_set_samples_down_to(demo, clips):
     assert torch.isfinite(model(src_input, tgt_input).loss)
 
 
-# ---------------------------------------------------------------------------------- features
+# ------------------------------------------------------------------------- features
 
 
 def embed(model, src_input):
@@ -693,11 +706,13 @@ def test_both_hands_go_through_the_same_weights_and_the_left_one_is_mirrored(cli
     )
 
 
-# ---------------------------------------------------------------------------------- the loss
+# ------------------------------------------------------------------------- the loss
 
 
 def test_labels_are_not_shifted_twice(clips):
-    """The output at position t is trained on token t; the original trained it on t + 1 and token 1 never."""
+    """The output at position t is trained on token t; the original trained it on t + 1 and token 1
+    never.
+    """
     for smoothing in (0.0, 0.1):  # the original's fault lay in its smoothed branch
         model = scratch_model(clips, label_smoothing=smoothing)
         src_input, tgt_input = batch_of(clips, odd_batch(clips))
@@ -754,7 +769,9 @@ def test_a_new_model_starts_near_the_uniform_loss(clips):
 
 
 def test_gradients_of_two_halves_add_up_to_those_of_the_whole(clips):
-    """Summed over tokens, as the loop does it; a mean of means would be off where texts differ in length."""
+    """Summed over tokens, as the loop does it; a mean of means would be off where texts differ in
+    length.
+    """
     indices = odd_batch(clips)
     gradients = []
     for parts in ([indices], [indices[:1], indices[1:]]):
@@ -769,7 +786,7 @@ def test_gradients_of_two_halves_add_up_to_those_of_the_whole(clips):
     assert off < 1e-5, f"off by {off:.2e}"
 
 
-# ---------------------------------------------------------------------------------- CTC
+# ------------------------------------------------------------------------- CTC
 
 
 def ctc_by_hand(model, src_input, glosses):
@@ -847,7 +864,7 @@ def test_too_few_frames_for_the_glosses_is_an_error_that_names_the_clip(clips, g
         run(needs - 1)
 
 
-# ---------------------------------------------------------------------------------- the vocabulary
+# ------------------------------------------------------------------------- the vocabulary
 
 
 def test_nothing_but_the_softmax_changes_when_the_vocabulary_is_trimmed(mt5_folder, clips):
@@ -902,7 +919,9 @@ def test_trimming_never_loses_a_piece_that_the_training_texts_need(mt5_folder):
 
 
 def test_a_piece_that_was_cut_is_spelled(mt5_folder):
-    """A dev text may hold a word that no training text has: its characters are kept, and so is the text."""
+    """A dev text may hold a word that no training text has: its characters are kept, and so is the
+    text.
+    """
     texts = ["今天我在学校。", "明天他去商店！", "你好吗？"]
     model = pretrained_model(mt5_folder, texts)
     pieces, known = model.mt5_tokenizer.get_vocab(), set(model.codec.keep)
@@ -930,7 +949,7 @@ def test_what_nothing_can_spell_is_the_unknown_piece_and_no_crash(mt5_folder):
 
 
 def test_rows_that_are_no_text_are_never_decoded(mt5_folder):
-    """mT5's tables have more rows than its vocabulary has pieces, and raw mT5 emits <extra_id_0>."""
+    """mT5's tables have more rows than its vocabulary pieces, and raw mT5 emits <extra_id_0>."""
     model = pretrained_model(mt5_folder, trim_vocabulary=False)
     rows, stored = model.mt5_model.lm_head.out_features, load_file(mt5_folder / "model.safetensors")
     assert rows == len(model.codec) < len(stored["lm_head.weight"]), (
@@ -948,7 +967,9 @@ def round_trip(codec, texts):
 
 @pytest.mark.parametrize("kind", ["scratch", "trimmed", "full tables"])
 def test_the_vocabulary_gives_back_a_text_nfkc_normalised(mt5_folder, clips, kind):
-    """So no output equals a raw reference with full-width punctuation: scores must normalise both sides."""
+    """So no output equals a raw reference with full-width punctuation: scores must normalise both
+    sides.
+    """
     texts = [e["text"] for e in clips.entries]
     model = (
         scratch_model(clips)
@@ -992,7 +1013,9 @@ def test_a_vocabulary_can_be_learnt_from_next_to_nothing(texts):
 
 @pytest.mark.parametrize("kind", ["scratch", "trimmed"])
 def test_a_long_text_is_cut_at_max_text_length_and_keeps_its_end(mt5_folder, clips, kind):
-    """The original read max_text_length nowhere. Without its end a text teaches the model never to stop."""
+    """The original read max_text_length nowhere. Without its end a text teaches the model never to
+    stop.
+    """
     texts = [e["text"] for e in clips.entries]
     model = (
         scratch_model(clips, max_text_length=6)
@@ -1022,7 +1045,7 @@ def test_from_scratch_needs_texts_and_says_so():
         SignLanguageLite(scratch_config())
 
 
-# ---------------------------------------------------------------------------------- a missing mT5
+# ------------------------------------------------------------------------- a missing mT5
 
 BAD_MT5 = [
     "no such folder",
@@ -1060,7 +1083,7 @@ def test_an_mt5_path_that_cannot_be_used_is_a_config_error_that_names_it(
     assert name in str(caught.value) and "\n" not in str(caught.value).strip(), caught.value
 
 
-# ---------------------------------------------------------------------------------- memory, a start elsewhere
+# --------------------------------------------------------------------- memory, a start elsewhere
 
 
 def test_gradient_checkpointing_recomputes_and_changes_no_gradient(mt5_folder, clips):
@@ -1136,7 +1159,9 @@ def test_the_body_keeps_the_order_of_its_joints():
 
 
 def test_no_output_grows_far_beyond_the_longest_training_text(clips, tmp_path):
-    """Else a model that repeats a word without end spoils the BLEU of a whole split, and best/ with it."""
+    """Else a model that repeats a word without end spoils the BLEU of a whole split, and best/ with
+    it.
+    """
     model, rows = scratch_model(clips), []
     nn.init.zeros_(model.mt5_model.lm_head.weight)  # all pieces alike: the end is never chosen
     longest = max(len(model.codec.ids(entry["text"])) for entry in clips.entries)

@@ -1,9 +1,14 @@
 """The README's own snippets and commands, run as they stand there."""
 
+import functools
 import re
+import shlex
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 from conftest import ROOT
 
 import train_lite
@@ -56,12 +61,44 @@ def test_the_snippet_for_mediapipe_keeps_hands_at_their_wrists():
     )
 
 
-def test_every_option_that_the_readme_names_exists():
-    parser = train_lite.make_parser("check")
-    known = {flag for action in parser._actions for flag in action.option_strings}
-    known |= {"--split", "--nproc_per_node", "--json"}
-    known |= set(
-        re.findall(r'add_argument\("(--\w+)"', (ROOT / "tests" / "ablations.py").read_text("utf-8"))
-    )
-    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README))
-    assert named <= known, named - known
+def commands():
+    """Every command line in the README's bash blocks, a list of words each."""
+    found = []
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL):
+        for line in block.splitlines():
+            words = shlex.split(line, comments=True)
+            if "python" in words:
+                found.append(words[words.index("python") :])
+            elif words[:1] == ["torchrun"]:
+                found.append(["python", *words[2:]])
+    return found
+
+
+TRAIN_COMMANDS = [words[2:] for words in commands() if words[1] == "train_lite.py"]
+TOOLS = [words[1:] for words in commands() if words[1].startswith("tests/tools/")]
+
+
+@pytest.mark.parametrize("words", TRAIN_COMMANDS, ids=" ".join)
+def test_the_command_line_takes_what_the_readme_gives(words):
+    """argparse exits where a command, a flag or a value is not known."""
+    command = words[0] if words and words[0] in train_lite.COMMANDS else "train"
+    rest = words[1:] if words and words[0] == command else words
+    args = train_lite.make_parser(command).parse_args(rest)
+    flags = [word for word in rest if word.startswith("--")]
+    assert len(vars(args)) >= len(flags)
+
+
+@functools.cache
+def usage(script):
+    """What a script's --help prints."""
+    arguments = [sys.executable, ROOT / script, "--help"]
+    return subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("words", TOOLS, ids=" ".join)
+def test_the_tools_that_the_readme_names_know_their_flags(words):
+    script, *rest = words
+    assert (ROOT / script).is_file()
+    for word in rest:
+        named = word.startswith("--") or not (word.isupper() or "." in word or "/" in word)
+        assert not named or word.isdigit() or word in usage(script), f"{word} in {script} --help"

@@ -4,20 +4,17 @@ python tests/tools/figures.py curves RUN OUT.png        a run's losses and score
 python tests/tools/figures.py poses DATA_DIR OUT.png    contact sheet: clips as they are read
 """
 
+import argparse
 import json
 import math
-import sys
+import re
 from pathlib import Path
 
 import numpy as np
+from common import BODY_BONES, HAND_BONES
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import datasets_lite as data_files
-
-# bones: positions in BODY, and in a hand
-BODY_BONES = [(0, 1), (0, 2), (0, 3), (0, 4), (3, 4), (3, 5), (5, 7), (4, 6), (6, 8)]
-HAND_BONES = [(0 if joint % 4 == 1 else joint - 1, joint) for joint in range(1, 21)]
 
 
 def curves(run, out):
@@ -101,15 +98,58 @@ def draw_frames(row, keypoints, scores):
         axes.set_xlabel(f"frame {frame}", fontsize=7)
 
 
-FIGURES = {"curves": curves, "poses": poses}
+ORIGINAL_FAULTS = (
+    "labels shifted twice",
+    "original freezing",
+    "original front-end, as wide beside d_model",
+    "no position in the encoder",
+    "label smoothing 0.1",
+    "warm-up one epoch late",
+    "tail gradients leak",
+    "padding repeats the last frame, BatchNorm",
+)
 
 
-def main(arguments):
-    if len(arguments) != 3 or arguments[0] not in FIGURES:
-        sys.exit(__doc__)
-    name, source, out = arguments
-    FIGURES[name](source, out)
+def faults(results, out):
+    """Exact match on dev, the reference first, then each fault of the original put back."""
+    found = {}
+    for line in Path(results).read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) > 1 and cells[0] not in found:  # the first table is that of real sentences
+            found[cells[0]] = [float(number) for number in re.findall(r"\d+\.\d+", cells[1])]
+    names = ["the reference", *ORIGINAL_FAULTS]
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for row, name in enumerate(names):
+        median, *spread = found[name]
+        low, high = spread or (median, median)
+        colour = "C0" if row == 0 else "C3"
+        axes.barh(row, median, color=colour, height=0.6)
+        axes.plot([low, high], [row, row], color="black", linewidth=1.5, marker="|")
+        axes.text(max(high, median) + 1.5, row, f"{median:.0f}", va="center", fontsize=9)
+    axes.set_yticks(
+        range(len(names)), [name.replace(", as wide beside d_model", "") for name in names]
+    )
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("dev sentences that are exactly right, % (median and range of three seeds)")
+    axes.set_title("One fault of the original put back, 200 steps on real-motion sentences")
+    figure.savefig(out, dpi=80)
+
+
+FIGURES = {"curves": curves, "poses": poses, "faults": faults}
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("figure", choices=FIGURES)
+    parser.add_argument("source", help="what it is drawn from")
+    parser.add_argument("out", metavar="OUT.png")
+    args = parser.parse_args()
+    FIGURES[args.figure](args.source, args.out)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -1,20 +1,23 @@
-"""How fast, how small, where the time goes: one command, no network; a GPU is used where there is one.
+"""How fast, how small, where the time goes: one command, no network; a GPU is used where there is
+one.
 
-    python tests/bench_lite.py [--quick] [--threads N] [--cpu-time] [part ...]
+    python tests/tools/bench.py [--quick] [--threads N] [--cpu-time] [part ...]
 
     loader      one clip read, checked and normalised, against the bare unpickling of its file
-    training    mT5-small's true size (random weights), clips like CSL-Daily's: the default against levers off
+    training    mT5-small's true size (random weights): the default against levers off
     demo        the same at the size of the built-in demo
     growth      seconds over batch 1..32 and frames 64..512
     checkpoint  seconds and bytes of last.pt at mT5-small's size
     compile     torch.compile: what it costs against what it saves
 
-A configuration has a process to itself, so that its peak memory is its own. Two of them are timed in turns,
+A configuration has a process to itself, so that its peak memory is its own. Two of them are timed
+in turns,
 A B A B ..., and a ratio is the median of the turns' ratios: a machine that slows down slows both.
 """
 
 import argparse
 import contextlib
+import functools
 import gzip
 import io
 import json
@@ -31,9 +34,9 @@ import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
+from common import SHARED
 from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
@@ -44,15 +47,13 @@ import train_lite
 from config_lite import DemoConfig, InferenceConfig, TrainConfig
 from datasets_lite import (
     JOINTS,
+    LOOKED_THROUGH,
     LengthBatchSampler,
     SignLanguageDataset,
     make_demo_corpus,
     read_clip,
 )
 
-SHARED = (
-    Path(__file__).resolve().parents[2] / "shared/data"
-)  # real labels and pieces, used if there
 ROWS, TOKENS, FRAMES = 250_112, 14, 128  # of mT5-small's tables; of a mean CSL-Daily clip
 GPU = torch.cuda.is_available()
 now = time.perf_counter  # --cpu-time puts the process's own CPU seconds in its place
@@ -99,7 +100,9 @@ GPU_LEVERS = [
 
 
 class OriginalFrontEnd(nn.Module):
-    """What the original computes: 64, 128, 256 channels on every joint of every frame, then their mean."""
+    """What the original computes: 64, 128, 256 channels on every joint of every frame, then their
+    mean.
+    """
 
     def __init__(self, d_model):
         super().__init__()
@@ -138,11 +141,13 @@ class OriginalFrontEnd(nn.Module):
         )
 
 
-# ---------------------------------------------------------------------------------- what is worked on
+# ------------------------------------------------------------------------- what is worked on
 
 
 class Material:
-    """Writes what the other processes read: a small demo, clips like CSL-Daily's, a random mT5-small."""
+    """Writes what the other processes read: a small demo, clips like CSL-Daily's, a random
+    mT5-small.
+    """
 
     def __init__(self, folder, clips, with_mt5):
         make_demo_corpus(folder / "demo", splits={"train": 512, "dev": 64, "test": 1})
@@ -179,7 +184,7 @@ class Material:
 
     @staticmethod
     def write_mt5(folder, texts):
-        """1.2 GB in mT5-small's form; its tables repeat 1,024 random rows, which are sooner drawn."""
+        """1.2 GB in mT5-small's form; its tables repeat 1,024 random rows, sooner drawn."""
         config = MT5Config(
             vocab_size=1024,
             d_model=512,
@@ -192,7 +197,7 @@ class Material:
             decoder_start_token_id=0,
         )
         mt5 = MT5ForConditionalGeneration(config)
-        models_lite._untie(mt5)
+        models_lite.untie(mt5)
         for table, scale in ((mt5.shared, 1), (mt5.lm_head, config.d_model**-0.5)):
             rows = scale * torch.randn(1024, config.d_model)
             table.weight = nn.Parameter(rows.repeat(ROWS // 1024 + 1, 1)[:ROWS].clone())
@@ -268,13 +273,11 @@ class Bench:
                 {0, 1, 2}.union(*tokenizer(texts).input_ids)
             )
         if case.full_tables:
-            models_lite._cut_tables = lambda mt5, keep: None
+            models_lite.pieces_to_keep = lambda tokenizer, texts: list(range(ROWS))
         model = models_lite.SignLanguageLite(
             self.config, texts=texts, glosses=[e["gloss"] for e in entries]
         )
-        if (
-            case.full_tables
-        ):  # a row without a piece must not be decoded: this tokeniser could not spell it
+        if case.full_tables:  # a row without a piece must not be decoded
             model.codec = models_lite.TextCodec(model.mt5_tokenizer, self.config.max_text_length)
             model.mt5_model.lm_head.weight.data[len(model.mt5_tokenizer) :] = 0
         if case.original_front_end:
@@ -287,7 +290,9 @@ class Bench:
         return model
 
     def choose_batches(self, size, count, shuffle=True):
-        """`count` of an epoch's batches, from long clips to short, so that each turn sees all lengths."""
+        """`count` of an epoch's batches, from long clips to short, so that each turn sees all
+        lengths.
+        """
         lengths = np.array(self.data.lengths)
         if self.case.random_batches:
             order = np.random.default_rng(0).permutation(len(lengths))
@@ -374,17 +379,17 @@ class Bench:
 
     def decode(self):
         """Clips a second of `generate`, TOKENS pieces a clip, in batches of an evaluation."""
-        size, model = max(train_lite.EVAL_BATCH, self.config.batch_size), self.model.eval()
+        size = max(train_lite.EVAL_BATCH, self.config.batch_size)
+        self.model.eval()
         self.hold(*self.choose_batches(size, 2, shuffle=False))
+        seconds = 0.0
         with self.place.autocast():
-            return (
-                2
-                * size
-                / sum(
-                    self.timed(lambda: model.generate(src, max_new_tokens=TOKENS))
-                    for src, _ in self.held
-                )
-            )
+            for src_input, _ in self.held:
+                seconds += self.timed(self.generate, src_input)
+        return 2 * size / seconds
+
+    def generate(self, src_input):
+        return self.model.generate(src_input, max_new_tokens=TOKENS)
 
     def turn(self):
         """All figures of this configuration once; parts are shares of a whole optimiser step."""
@@ -434,7 +439,7 @@ class Bench:
         return wrote, self.timed(train_lite.load_checkpoint, path), path.stat().st_size
 
     def compiled(self, turns):
-        """Seconds until the compiled network has seen two lengths, then of a pass: plain, compiled."""
+        """Seconds until the compiled network has seen two lengths; of a pass: plain, compiled."""
         nets = self.model, torch.compile(self.model, dynamic=True)
         self.hold(self.batches[0], self.batches[-1])
         self.run.net, times = nets[1], []
@@ -445,7 +450,7 @@ class Bench:
         return first, statistics.median(times[::2]), statistics.median(times[1::2])
 
 
-# ---------------------------------------------------------------------------------- processes
+# ------------------------------------------------------------------------- processes
 
 
 class Worker:
@@ -474,7 +479,7 @@ class Worker:
 
 
 def serve(pipe, kind, args, threads, clock):
-    """The other end of a Worker: make the object, then do what is asked, until asked for nothing."""
+    """The other end of a Worker: make the object, do what is asked, until asked for nothing."""
     global now
     now = clock
     torch.set_num_threads(threads)
@@ -495,7 +500,7 @@ def in_turns(calls, turns):
     return list(zip(*([call() for call in calls] for _ in range(turns))))
 
 
-# ---------------------------------------------------------------------------------- parts
+# ------------------------------------------------------------------------- parts
 
 
 def table(title, head, rows):
@@ -506,7 +511,9 @@ def table(title, head, rows):
 
 
 def levers(title, folder, default, cases, turns):
-    """The default against each case, two processes at a time, in turns; the default's own row comes last."""
+    """The default against each case, two processes at a time, in turns; the default's own row comes
+    last.
+    """
     head = [
         "levers off",
         "rows",
@@ -636,13 +643,15 @@ def growth(folder, turns, quick):
 def loader(folder, turns, quick):
     """One clip of each form."""
 
-    def bare():
+    def bare(path):
+        start = now()
         with open(path, "rb") as file:
             pickle.load(file)
+        return 1e6 * (now() - start)
 
-    def microseconds(function):
+    def whole(path):
         start = now()
-        function()
+        read_clip(path, config)
         return 1e6 * (now() - start)
 
     files = [
@@ -650,22 +659,15 @@ def loader(folder, turns, quick):
         ("like CSL-Daily's, list of frames", folder / "csl/pose_format/clip_0.pkl"),
         *(("CSL-News", file) for file in (SHARED / "csl_news/pose_format").glob("*.pkl")),
     ]
-    rows, config = [], TrainConfig()
+    rows = []
+    config = TrainConfig()
     for name, path in files:
-        a, b = map(
-            statistics.median,
-            in_turns(
-                [
-                    lambda: microseconds(bare),
-                    lambda: microseconds(lambda: read_clip(path, config, known=True)),
-                ],
-                60 * turns,
-            ),
-        )
-        rows.append(
-            [name, f"{path.stat().st_size / 1e3:.0f}", f"{a:.0f}", f"{b:.0f}", f"{b / a:.2f}"]
-        )
-    # known, as in training: the first reading of a file, before the first step, also looks through its opcodes
+        # as in training: the first reading of a file, before the first step, is slower
+        LOOKED_THROUGH.add(path)
+        calls = [functools.partial(bare, path), functools.partial(whole, path)]
+        a, b = (statistics.median(times) for times in in_turns(calls, 60 * turns))
+        size = path.stat().st_size / 1e3
+        rows.append([name, f"{size:.0f}", f"{a:.0f}", f"{b:.0f}", f"{b / a:.2f}"])
     table(
         "A clip read, checked and normalised, against open and pickle.load",
         ["file", "kB", "bare µs", "read_clip µs", "x"],

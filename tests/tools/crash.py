@@ -1,10 +1,13 @@
 """Kill a run at random moments until it is done, and compare it with one that nobody disturbed.
 
-    python tests/crash_lite.py [--kills 50] [--seed 0]
+    python tests/tools/crash.py [--kills 50] [--seed 0]
 
-Each kill is a SIGKILL between 0 and 3 s after the run began to train (every third one waits for a file that is
-being written); then the same command goes on. At the end every parameter must be equal, bit for bit, last.pt and
-best/ must have been readable after every kill, and metrics.jsonl must tell the same story. About 10 minutes on 2 cores.
+Each kill is a SIGKILL between 0 and 3 s after the run began to train (every third one waits for a
+file that is
+being written); then the same command goes on. At the end every parameter must be equal, bit for
+bit, last.pt and
+best/ must have been readable after every kill, and metrics.jsonl must tell the same story. About 10
+minutes on 2 cores.
 """
 
 import argparse
@@ -17,15 +20,16 @@ import time
 from pathlib import Path
 
 import torch
+from common import ROOT
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from datasets_lite import make_demo_corpus  # noqa: E402
+from datasets_lite import make_demo_corpus
 
 
 def command(folder, name, steps):
-    """The command line of one run; --augment and two loading processes make it as random as a run gets."""
+    """The command line of one run; --augment and two loading processes make it as random as a run
+    gets.
+    """
     return [
         sys.executable,
         str(ROOT / "train_lite.py"),
@@ -55,7 +59,9 @@ def command(folder, name, steps):
 
 
 def kill_once(arguments, out, rng, on_write):
-    """Start the run, kill it after a random moment of training -> whether it was killed (it may be done before)."""
+    """Start the run, kill it after a random moment of training -> whether it was killed (it may be
+    done before).
+    """
     with subprocess.Popen(
         arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as run:
@@ -77,7 +83,9 @@ def kill_once(arguments, out, rng, on_write):
 
 
 def readable(out):
-    """Whether last.pt and best/ (or best.old, between two renames) are whole; absent ones were not yet written."""
+    """Whether last.pt and best/ (or best.old, between two renames) are whole; absent ones were not
+    yet written.
+    """
     if (out / "last.pt").exists():
         torch.load(out / "last.pt", weights_only=True)
     best = next((out / name for name in ("best", "best.old") if (out / name).exists()), None)
@@ -118,7 +126,7 @@ def main():
             for state in (one, two)
         ]
     print(
-        f"{kills} kills, {writes} of them while a file was being written; no checkpoint unreadable; "
+        f"{kills} kills, {writes} of them while a file was written; no checkpoint unreadable; "
         f"{len(unequal)} of {len(one['model'])} parameters differ; validations "
         f"{'equal' if history[0] == history[1] else 'DIFFER'}; {time.monotonic() - started:.0f} s"
     )
