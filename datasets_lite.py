@@ -159,9 +159,9 @@ def load_part_kp(skeletons, confs):
     """
     kps_with_scores = {}
     for part, joints in PARTS.items():  # the body first: its scale is the hands', too
-        kps = np.asarray(skeletons)[:, joints]  # (T, V, 2)
-        confidences = np.asarray(confs)[:, joints, None]  # (T, V, 1)
-        motion = np.concatenate([kps, confidences], axis=-1)  # (T, V, 3)
+        kps = np.take(skeletons, joints, axis=1)  # (T, V, 2)
+        confidences = np.take(confs, joints, axis=1)  # (T, V)
+        motion = np.concatenate([kps, confidences[..., None]], axis=-1)  # (T, V, 3)
         if part == "body":
             result, scale, _ = crop_scale(motion, THRESHOLD)
         else:
@@ -206,9 +206,9 @@ def usable_joints(motion, thr):
 
 def only_usable(place, motion, usable):
     """Places (T, V, 2), motion's confidence -> (T, V, 3), clipped; what is not usable is zero."""
-    result = np.zeros(motion.shape, np.float32)
-    result[..., :2][usable] = np.clip(place[usable], -1, 1)
-    result[..., 2][usable] = np.clip(motion[..., 2][usable], 0, 1)
+    confidence = motion[..., 2:].astype(np.float32)  # (T, V, 1)
+    result = np.concatenate([place.clip(-1, 1), confidence.clip(0, 1)], axis=-1)  # (T, V, 3)
+    result[~usable] = 0
     return result
 
 
@@ -477,8 +477,10 @@ def augment_clip(keypoints, scores, rng, frames):
     body = keypoints[:, BODY]
     seen = (scores[:, BODY] > THRESHOLD) & np.isfinite(body).all(-1)
     extent = np.ptp(body[seen], axis=0).max() if seen.any() else 0
-    noise = np.float32(0.003 * extent) * rng.standard_normal(keypoints.shape, np.float32)
-    return keypoints @ turn + noise, scores
+    noise = rng.standard_normal((frames, len(USED), 2), np.float32)
+    keypoints = (keypoints.reshape(-1, 2) @ turn).reshape(keypoints.shape)  # (frames, 133, 2)
+    keypoints[:, USED] += np.float32(0.003 * extent) * noise
+    return keypoints, scores
 
 
 def pad_poses(poses):
