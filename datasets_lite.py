@@ -126,6 +126,7 @@ def make_entry(path, key, entry):
     elif isinstance(gloss, str):
         gloss = gloss.split()
     is_list = isinstance(gloss, (list, tuple))
+    # anything else would be counted, or read letter by letter
     if not is_list or not all(isinstance(word, str) for word in gloss):
         kind = type(gloss).__name__
         raise DataError(f"{where} has glosses of type {kind}, a list of words was expected")
@@ -183,6 +184,7 @@ def crop_scale(motion, thr):
     zero. Fewer than 4 such joints, or a box without extent: (zeros, 0, None). For any numbers
     whatever no NaN and no warning; motion is left alone.
     """
+    motion = np.asarray(motion)
     place, usable = usable_joints(motion, thr)  # (T, V, 2), (T, V)
     valid_coords = place[usable]  # (usable joints, 2)
     if len(valid_coords) < 4:
@@ -236,8 +238,6 @@ class SignLanguageDataset(Dataset):
         if config.output_dir:
             Path(config.output_dir).mkdir(parents=True, exist_ok=True)
         self.reports = self._inspect_all()
-        if phase == "train" and config.ctc_weight:
-            self._check_ctc()
         self._drop_bad(problems)
         # frames after sampling, before augmentation
         self.lengths = [min(report.frames, config.max_length) for report in self.reports]
@@ -320,27 +320,28 @@ class SignLanguageDataset(Dataset):
         LOOKED_THROUGH.update(self.paths)
         return reports
 
-    def _check_ctc(self):
-        """A clip that makes fewer encoder positions than CTC needs for its glosses is bad, too."""
-        for i, (entry, report) in enumerate(zip(self.entries, self.reports)):
-            frames = min(report.frames, self.config.max_length)
-            positions = math.ceil(frames / self.config.temporal_stride)
-            # CTC's loss would be infinite
-            need = ctc_positions(entry["gloss"])
-            if not report.problem and positions < need:
-                problem = (
-                    f"{frames} frames make {positions} positions, CTC on its glosses needs {need}: "
-                    "remove it, or --temporal_stride 1, or --ctc_weight 0"
-                )
-                self.reports[i] = report._replace(problem=problem)
+    def _problem(self, entry, report):
+        """Why a clip cannot be used, or ""; CTC needs an encoder position for each gloss."""
+        frames = min(report.frames, self.config.max_length)
+        positions = math.ceil(frames / self.config.temporal_stride)
+        need = ctc_positions(entry["gloss"])
+        by_ctc = self.phase == "train" and self.config.ctc_weight
+        if report.problem or not by_ctc or positions >= need:
+            return report.problem
+        return (
+            f"{frames} frames make {positions} positions, CTC on its glosses needs {need}: remove "
+            "it, or --temporal_stride 1, or --ctc_weight 0"
+        )
 
     def _drop_bad(self, problems):
         """Leave out bad clips, or refuse the set, as on_bad_clip says; problems takes names."""
-        usable = [not report.problem for report in self.reports]
-        bad = []
+        usable = []
+        bad = []  # all are named, the first five on the screen
         for entry, report in zip(self.entries, self.reports):
-            if report.problem:
-                bad.append(f"{entry['name']}: {report.problem}")
+            problem = self._problem(entry, report)
+            usable.append(not problem)
+            if problem:
+                bad.append(f"{entry['name']}: {problem}")
         count = f"{len(bad)} of {len(usable)} clips are unusable"
         message = f"{self.label_path}: {count}:\n{first_five(bad)}"
         self.entries = list(compress(self.entries, usable))
@@ -393,11 +394,11 @@ def inspect_clip(path):
         joints = seen[:, BODY].sum()
         problem = f"{path}: no usable body ({joints} joints, {len(seen)} frames)"
     not_finite = ~(finite & np.isfinite(scores))[:, USED]
-    first_joints = seen[:, [LEFT[0], RIGHT[0]]]  # (T, 2): without it there is no hand
+    has_hand = seen[:, [LEFT[0], RIGHT[0]]].any(1)  # (T,): by the hands' first joints
     return ClipReport(
         frames=len(seen),
         unseen=tuple(int((~seen[:, joints]).sum()) for joints in PARTS.values()),
-        no_hand=int((~first_joints).all(1).sum()),
+        no_hand=int((~has_hand).sum()),
         not_finite=int(not_finite.sum()),
         in_pixels=in_pixels(keypoints, scores),
         problem=problem,
@@ -454,6 +455,7 @@ def sample_frames(frames, max_length, rng=None):
     """Indices of at most max_length frames: evenly, or, with rng, at random within even steps."""
     if frames <= max_length:
         return np.arange(frames)
+    # where in each even step
     inside = 0.5 if rng is None else rng.random(max_length)
     chosen = (np.arange(max_length) + inside) * (frames / max_length)
     return np.minimum(chosen.astype(np.int64), frames - 1)
@@ -514,6 +516,7 @@ class LengthBatchSampler(Sampler):
         self.seed = seed
         self.rank = rank
         self.world = world
+        # clips that one optimiser step of all processes sees; unshuffled: the whole split
         self.window = batch_size * accumulation * world if shuffle else max(1, len(lengths))
         self.epoch = 0
         self.start = 0
@@ -533,6 +536,7 @@ class LengthBatchSampler(Sampler):
             batches = []
             for begin in range(0, len(window), self.batch_size):
                 batches.append(window[begin : begin + self.batch_size].tolist())
+            # a round: one batch for each process
             rounds = math.ceil(len(batches) / self.world)
             for i in range(rounds):
                 mine = i * self.world + self.rank
@@ -624,6 +628,7 @@ def all_frames(value, shape, field, path):
     array = np.asarray(value)
     if array.ndim == len(shape) + 2 and array.shape[1]:  # a person axis: the first is the signer
         array = array[:, 0]
+    # 133 joints: other skeletons would be read as something else
     if array.dtype.kind not in "biuf" or array.shape[1:] != shape:
         raise DataError(
             f"{path}: {field} has dtype {array.dtype}, shape {array.shape}; numbers in frames of "
@@ -659,19 +664,20 @@ class Refused(pickle.UnpicklingError):
 
 
 @contextmanager
-def naming(path, what):
+def naming(path, what, kind=DataError):
     """Whatever a file's bytes make Python raise becomes an error that names the file."""
     try:
         yield
-    except DataError:
-        raise
     except Refused as error:
         raise Refused(
             f"{path}: refused, the pickle asks for {error}; a label or pose file needs nothing but "
             "arrays and plain containers, so don't trust it"
         ) from None
     except Exception as error:  # of any kind: the bytes are anybody's
-        raise DataError(f"{path}: {what} ({type(error).__name__}: {error!s:.200})") from error
+        if isinstance(error, kind) and str(path) in str(error):
+            raise  # it is one already
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise kind(f"{path}: {what} ({reason:.200})") from error
 
 
 def check_size(path, size, what="holds"):
@@ -768,6 +774,7 @@ class SafeUnpickler(pickle.Unpickler):
 
     def find_class(self, module, name):
         """Under the names of numpy 1 and of Python 2, too."""
+        # one list for all writers of pickles
         known = f"{module}.{name}"
         known = known.replace("numpy._core", "numpy.core").replace("__builtin__", "builtins")
         if known not in self.ALLOWED:

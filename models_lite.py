@@ -18,7 +18,6 @@ import re
 import tempfile
 import unicodedata
 import zipfile
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,14 +26,13 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Cache, MT5Config, MT5ForConditionalGeneration, T5Tokenizer
 from transformers.modeling_outputs import BaseModelOutput
 
 from config_lite import DEFAULT_MT5, ConfigError, TrainConfig, make_config
-from datasets_lite import BODY, LEFT, LEFT_WRIST, RIGHT_WRIST, DataError, ctc_positions
+from datasets_lite import BODY, LEFT, LEFT_WRIST, RIGHT_WRIST, DataError, ctc_positions, naming
 
 IGNORE = -100  # label of padding
 BLANK = 0  # CTC classes: these two, then the glosses
@@ -349,7 +347,7 @@ class SignLanguageLite(nn.Module):
         for row, target, length in zip(rows, targets, lengths.tolist()):
             need = ctc_positions(target)
             if length < need:
-                name = src_input["names"][row] if "names" in src_input else row
+                name = src_input["names"][row]
                 raise DataError(
                     f"clip {name}: {length} positions, but its {len(target)} glosses need {need}: "
                     "remove it; or temporal_stride 1; or ctc_weight 0"
@@ -398,15 +396,12 @@ class SignLanguageLite(nn.Module):
     def init_from(self, folder):
         """Start from another run: same-shaped layers are copied, shared pieces keep their rows."""
         other = SignLanguageLite.from_pretrained(folder)
+        # by name: both models are built of the same layers
         source = other.state_to_save()
-        row_of = {piece: row for row, piece in enumerate(other.codec.pieces())}
-        mine = []
-        theirs = []
         # pieces are matched by their strings: ids differ between vocabularies
-        for row, piece in enumerate(self.codec.pieces()):
-            if piece in row_of:
-                mine.append(row)
-                theirs.append(row_of[piece])
+        row_of = {piece: row for row, piece in enumerate(other.codec.pieces())}
+        rows = torch.tensor([row_of.get(piece, -1) for piece in self.codec.pieces()])
+        known = rows >= 0
         other_glosses = []
         if other.glosses != self.glosses:  # the same shape, perhaps, but other classes
             other_glosses = ["gloss_head.weight", "gloss_head.bias"]
@@ -414,13 +409,13 @@ class SignLanguageLite(nn.Module):
         for name, value in self.state_to_save().items():
             given = source.get(name)
             if name in TABLES and given.shape[1] == value.shape[1]:
-                value[mine] = given[theirs]
+                value[known] = given[rows[known]]
             elif given is None or given.shape != value.shape or name in other_glosses:
                 anew.append(name)
             else:
                 value.copy_(given)
         print(
-            f"weights from {folder}: {len(mine)} of {len(self.codec)} pieces known; "
+            f"weights from {folder}: {int(known.sum())} of {len(self.codec)} pieces known; "
             f"begun anew: {', '.join(anew) or 'nothing'}"
         )
 
@@ -445,14 +440,11 @@ class SignLanguageLite(nn.Module):
     def from_pretrained(cls, folder):
         """A run's model, in eval mode, from its folder or best/. DataError names what is amiss."""
         folder = find_best(folder)
-        try:
+        with naming(folder, "damaged; copy it anew"):
             content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             config = make_config(TrainConfig, content)
             model = cls(config, saved=content["model"] | {"folder": folder})
             model.load_saved(load_file(folder / "model.safetensors"))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise DataError(f"{folder}: damaged ({reason}); copy it anew") from error
         return model.eval()
 
 
@@ -473,6 +465,7 @@ def text_loss(logits, labels, smoothing):
 
 def training_facts(config, codec, texts, glosses):
     """What the model keeps of its training data: the longest text, in pieces, and all glosses."""
+    # no label is longer
     longest = config.max_text_length
     if texts:
         longest = min(longest, max(len(codec.ids(text)) for text in texts))
@@ -511,6 +504,7 @@ class TextCodec:
         self.tokenizer = tokenizer
         self.max_text_length = max_text_length
         self.keep = keep or list(range(len(tokenizer)))
+        # the tokeniser's id -> row
         self.row = {piece_id: row for row, piece_id in enumerate(self.keep)}
         self.unknown = self.row[tokenizer.unk_token_id]
 
@@ -562,7 +556,7 @@ def make_codec(config, texts, saved=None):
         keep = saved["keep_pieces"]
     elif config.mt5_path:
         folder = mt5_folder(config.mt5_path)
-        with naming_mt5(config.mt5_path):
+        with naming(f"mt5_path {config.mt5_path}", "not a readable mT5", ConfigError):
             tokenizer = T5Tokenizer.from_pretrained(folder, extra_ids=0)
         keep = pieces_to_keep(tokenizer, texts if config.trim_vocabulary else None)
     elif texts:
@@ -607,6 +601,7 @@ def pieces_to_keep(tokenizer, texts=None):
     Pad, end, unknown, what the texts use, bytes, and the scripts' single characters, which spell
     what is cut; no texts = all; never mT5's sentinels: what has no row cannot be emitted.
     """
+    # pieces by their strings, sentinels apart
     usable = {}
     for piece, piece_id in tokenizer.get_vocab().items():
         if not SENTINEL.fullmatch(piece):
@@ -675,7 +670,7 @@ def new_mt5(config, codec):
 def pretrained_mt5(path, codec):
     """The weights of an mT5 folder; of the two large tables only the rows that stay are read."""
     folder = mt5_folder(path)
-    with naming_mt5(path):
+    with naming(f"mt5_path {path}", "not a readable mT5", ConfigError):
         mt5_config = MT5Config.from_pretrained(folder)
         weights = map_weights(folder)
         table = weights["shared.weight"]  # (rows, d_model)
@@ -690,6 +685,7 @@ def pretrained_mt5(path, codec):
         mt5 = untie(MT5ForConditionalGeneration(mt5_config))
         weights["shared.weight"] = table[codec.keep]  # (pieces, d_model)
         weights["lm_head.weight"] = head[codec.keep]  # (pieces, d_model)
+        # the stacks' own names of the table are that table
         own = {name for name in mt5.state_dict() if "embed_tokens" not in name}
         missing = own - weights.keys()
         if missing:
@@ -708,18 +704,6 @@ def map_weights(folder):
             mapped = zipfile.is_zipfile(path)  # what torch wrote before 1.6 cannot be
             weights |= torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     return weights
-
-
-@contextmanager
-def naming_mt5(path):
-    """Whatever mT5's files make a library raise becomes a ConfigError that names the path."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except Exception as error:  # of any kind: the bytes are anybody's
-        reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"mt5_path {path}: not a readable mT5 ({reason})") from error
 
 
 def mt5_folder(path):

@@ -60,6 +60,7 @@ from datasets_lite import (
     SignLanguageDataset,
     load_dataset_file,
     make_demo_corpus,
+    naming,
     pad_poses,
     read_clip,
 )
@@ -204,17 +205,13 @@ def load_checkpoint(path):
             f"{path}: a checkpoint of the original scripts, of no use here: its front-end averages "
             "the joints away, its labels are shifted twice. Start anew, without --resume"
         )
-    try:
+    advice = "not a readable checkpoint; --auto_resume false starts anew in another folder"
+    with naming(path, advice, RunError):
         # weights_only: whoever wrote the file runs no code here
         state = torch.load(path, map_location="cpu", weights_only=True)
         missing = {"model", "optimizer", "history", "config"} - state.keys()
         if missing:
             raise ValueError(f"it has no {', '.join(sorted(missing))}")
-    except Exception as error:  # of any kind: the bytes are anybody's
-        raise RunError(
-            f"{path}: not a readable checkpoint ({type(error).__name__}: {shorten(str(error))}); "
-            "--auto_resume false starts anew in another folder"
-        ) from error
     return state
 
 
@@ -240,11 +237,11 @@ def save_checkpoint(path, run):
 
 
 @torch.no_grad()
-def evaluate(model, data_loader, inference, place=None, constant="", stop=lambda: 0):
+def evaluate(model, data_loader, inference, place=None, constant="", signals=None):
     """Score a whole split -> (metrics, rows of (index, name, reference, prediction) in its order).
 
     dev_loss: the plain nll per token; constant: the sentence of constant_bleu4. A text depends on
-    its clip alone, so the scores shuffled_* decode nothing anew. Raises Stopped at stop()'s signal.
+    its clip alone, so the scores shuffled_* decode nothing anew. Raises Stopped after a signal.
     """
     place = place or Place()
     dataset = data_loader.dataset
@@ -257,8 +254,8 @@ def evaluate(model, data_loader, inference, place=None, constant="", stop=lambda
     plan = data_loader.batch_sampler.plan()
     bar = tqdm(plan, dataset.phase, unit=" batches", disable=None, leave=False)
     for (_, clips, _), (src_input, tgt_input) in zip(bar, data_loader):
-        if stop():
-            raise Stopped(stop())
+        if signals and signals.number:
+            raise Stopped(signals.number)
         with on_device(src_input, place) as src_input, place.autocast():
             output = model(src_input, tgt_input)
             texts = model.generate(src_input, **asdict(inference))
@@ -347,7 +344,8 @@ def train(config, inference, args=None):
         run.writer = make_writer(run)
         print_plan(run)
         print(f"resumed from {last} at step {run.step}" if state else f"writing to {run.folder}")
-        write_config(run)
+        if place.rank == 0:
+            write_whole(run.folder / "config.json", to_json(run.description()))
 
         stopped_by = 0
         with Signals() as run.signals:
@@ -394,9 +392,9 @@ def find_place(config):
     world = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    devices = {"cpu": world, "cuda": 0, "mps": int(torch.backends.mps.is_available())}
-    if torch.cuda.is_available():
-        devices["cuda"] = torch.cuda.device_count()
+    # how many there are of each kind, for as many processes
+    mps = int(torch.backends.mps.is_available())
+    devices = {"cpu": world, "cuda": torch.cuda.device_count(), "mps": mps}
     kind = config.device
     if kind == "auto":
         kind = "cuda" if devices["cuda"] else "cpu"
@@ -409,10 +407,10 @@ def find_place(config):
     if kind == "cuda":
         device = torch.device(kind, local_rank)
         torch.cuda.set_device(device)
-    # at the level of the system, so that libraries are silent, too
     if rank:
+        # said once, not once a process; at the system's level, so that libraries are silent, too
         sys.stdout.flush()
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # said once, not once a process
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32
     if world > 1 and not dist.is_initialized():
         # hours: the others wait while the first reads a large corpus
@@ -552,7 +550,7 @@ def build_model(config, data, state=None):
     model = SignLanguageLite(config, texts, glosses)
     # the same data must give the same vocabulary, else ids would mean other pieces
     if state:
-        now = made_of(model, data)
+        now = made_of(model, data)  # pieces, glosses, clips
         changed = [name for name in now if now[name] != state["made_of"][name]]
         if changed:
             raise RunError(
@@ -577,7 +575,7 @@ def make_loaders(run):
     """Give the run its two loaders and the constant baseline -> optimiser steps in an epoch."""
     config = run.config
     train_data = run.data["train"]
-    batches = math.ceil(len(train_data) / config.batch_size)
+    batches = math.ceil(len(train_data) / config.batch_size)  # of all processes together
     if run.place.world > batches:
         raise ConfigError(
             f"{run.place.world} processes for {batches} batches of {config.batch_size} clips: "
@@ -617,11 +615,9 @@ def make_loader(dataset, batch_size, place=None, shuffle=False, accumulation=1):
 
 def make_optimizer(model, config, total_steps, steps_per_epoch):
     """AdamW, no decay on norms and biases; per step: linear warm-up, then a cosine to min_lr."""
-    matrices = []
-    vectors = []
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            (matrices if parameter.ndim > 1 else vectors).append(parameter)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trainable if p.ndim > 1]
+    vectors = [p for p in trainable if p.ndim <= 1]
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
@@ -666,22 +662,18 @@ def make_writer(run):
     return SummaryWriter(Path(run.config.log_dir, run.folder.name))
 
 
-def write_config(run):
-    if run.place.rank == 0:
-        write_whole(run.folder / "config.json", to_json(run.description()))
-
-
 def print_plan(run):
     """The configuration, the data, and what a step will be; warn of what deserves a second look."""
     config = run.config
     place = run.place
     codec = run.model.codec
-    window = run.loader.batch_sampler.window
+    window = run.loader.batch_sampler.window  # clips in an optimiser step
     dev_texts = [entry["text"] for entry in run.data["dev"].entries]
     # all that decides the run, so that a log alone tells what it was
     print("configuration: " + ", ".join(f"{k} {v!r}" for k, v in asdict(config).items()))
     print("\n".join(data_report(run.data, codec)))
     print(f"vocabulary: {len(codec):,} of {len(codec.tokenizer):,} pieces kept")
+    # as Place.autocast decides it
     precision = "fp32" if isinstance(place.autocast(), nullcontext) else "bf16 autocast"
     print(
         f"a step: {config.batch_size} clips x {config.gradient_accumulation} accumulated x "
@@ -753,7 +745,7 @@ def micro_batch(run, number, counts, src_input, tgt_input, last):
         summed_loss.backward()
     if not counts:
         return
-    tokens = output.num_tokens
+    tokens = output.num_tokens  # targets, padding apart
     loss = output.loss.item()
     names = src_input["names"]
     # for a step that is not finite: the culprits first
@@ -869,8 +861,10 @@ def validate(run):
     scored = []
     if run.place.rank == 0:  # the others wait
         # several processes stop at an optimiser step, together
-        stop = (lambda: run.signals.number) if run.place.world == 1 else (lambda: 0)
-        scored = [evaluate(run.model, run.dev_loader, run.inference, run.place, run.constant, stop)]
+        signals = run.signals if run.place.world == 1 else None
+        scored = [
+            evaluate(run.model, run.dev_loader, run.inference, run.place, run.constant, signals)
+        ]
     scores, rows = run.place.gather(scored)[0]
     sums = run.meter
     seconds = sums["waited"] + sums["computed"]
@@ -904,6 +898,7 @@ def print_validation(run, metrics, rows):
     half = max(1, len(rows) // 2)
     for row in rows[::half][:2]:
         print(sample(row))
+    # what a model that knows nothing would score
     uniform = math.log(len(run.model.codec))
     if metrics["step"]:
         if not metrics["dev_loss"] <= uniform:  # NaN, too
@@ -940,20 +935,17 @@ class Signals:
     number = 0
 
     def __enter__(self):
-        # Python lets the main thread alone set handlers
-        names = []
-        if threading.current_thread() is threading.main_thread():
-            names = ["SIGINT", "SIGTERM"]
-            if os.name == "posix":
-                names.append("SIGUSR1")  # Slurm's, before the time is up
-        self.before = {}
-        for name in names:
-            self.before[name] = signal.signal(getattr(signal, name), self.catch)
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if os.name == "posix":
+            numbers.append(signal.SIGUSR1)  # Slurm's, before the time is up
+        if threading.current_thread() is not threading.main_thread():
+            numbers = []  # Python lets the main thread alone set handlers
+        self.before = {number: signal.signal(number, self.catch) for number in numbers}
         return self
 
     def __exit__(self, *_):
-        for name, handler in self.before.items():
-            signal.signal(getattr(signal, name), handler)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def catch(self, number, _):
         """The handler. It may interrupt a print, so it must not print itself."""
@@ -1015,14 +1007,13 @@ def make_bleu(language, order=4):
 
 def edit_distance(found, wanted, replace=1):
     """The fewest insertions, deletions and replacements (each costs `replace`) between lists."""
-    row = list(range(len(wanted) + 1))
-    for i, a in enumerate(found, 1):
-        corner = row[0]
-        row[0] = i
-        for j, b in enumerate(wanted, 1):
-            replaced = corner + (replace if a != b else 0)
-            corner = row[j]
-            row[j] = min(replaced, row[j] + 1, row[j - 1] + 1)
+    row = list(range(len(wanted) + 1))  # from nothing to each beginning of wanted
+    for a in found:
+        above = row
+        row = [above[0] + 1]
+        for j, b in enumerate(wanted):
+            replaced = above[j] + (0 if a == b else replace)
+            row.append(min(replaced, above[j + 1] + 1, row[j] + 1))
     return row[-1]
 
 
@@ -1078,6 +1069,7 @@ def collapse_warning(metrics, predictions):
     gap = metrics["chrf"] - metrics["shuffled_chrf"]
     variety = metrics["unique_ratio"] / metrics["reference_unique_ratio"]
     reads_poses = gap >= 1 and variety >= 0.2
+    # half of the clips right is no collapse, however few sentences there are
     if len(predictions) < 2 or metrics["exact_match"] >= 50 or reads_poses:
         return ""
     return (
@@ -1150,6 +1142,7 @@ def flush_to_disk(path):
     if (
         os.name == "posix"
     ):  # elsewhere a folder cannot be opened, nor a file flushed by another handle
+        # fsync flushes what any handle wrote
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
@@ -1167,10 +1160,8 @@ def to_json(content):
 
 
 def read_json(path):
-    try:
+    with naming(path, "cannot be read"):
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
 
 
 def save_best(run, metrics):
@@ -1228,6 +1219,7 @@ def check_command(config, inference, args):
 
 def data_report(data, codec):
     """A table, quantities down and splits across, then warnings that say what to set."""
+    # a row a quantity, a column a split
     table = {"": list(data)}
     warnings = []
     for split, dataset in data.items():
@@ -1334,7 +1326,7 @@ def evaluate_command(config, inference, args):
     config.output_dir = ""  # evaluating leaves no cache behind
     path = Path(config.data_dir, f"labels.{args.split}")
     dataset = SignLanguageDataset(path, config, "evaluated")
-    dataset.encode = model.codec.encode
+    dataset.encode = model.codec.encode  # labels, for the loss
     print("\n".join(data_report({args.split: dataset}, model.codec)), file=sys.stderr)
     loader = make_loader(dataset, max(config.batch_size, EVAL_BATCH), place)
     constant = read_json(folder / "config.json").get("constant", "")
@@ -1351,7 +1343,7 @@ def print_scores(metrics, rows, language):
     """A metric a line, exact match first, and a warning where the poses are not read."""
     references = [normalise(row[2], language) for row in rows]
     predictions = [normalise(row[3], language) for row in rows]
-    with_interval = intervals(predictions, references, language)
+    with_interval = intervals(predictions, references, language)  # of two metrics
     if not metrics["bleu4"]:  # no reference has four tokens: sacrebleu's smoothing tells nothing
         del with_interval["bleu4"]
     for key in {"exact_match": 0, **metrics}:
@@ -1429,6 +1421,7 @@ def make_parser(command):
 def add_flag(group, item):
     """The flag of one field; a truth value may be given without a word for true."""
     flags = [f"--{item.name}", *item.metadata.get("aliases", [])]
+    # argparse turns the word into the field's type
     how = {"type": item.type}
     choices = get_args(item.type)  # of a Literal
     if choices:
