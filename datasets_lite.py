@@ -135,9 +135,8 @@ def make_entry(path, key, entry):
     # no system has such a file, and Python would raise at every look
     if "\0" in name + pose:
         raise DataError(f"{where} has a name or pose that cannot be a file's; mend or remove it")
-    "".join(
-        [name, pose, text, *gloss]
-    ).encode()  # half a character fails here, not at an epoch's end
+    # half a character fails here, not when the texts are tokenised
+    "".join([name, pose, text, *gloss]).encode()
     return {"name": name, "text": text, "gloss": list(gloss), "pose": pose}
 
 
@@ -309,15 +308,18 @@ class SignLanguageDataset(Dataset):
         todo = [path for path, key in zip(self.paths, keys) if key not in known]
         # few files are read sooner than processes start
         with ProcessPoolExecutor() if len(todo) >= 500 else nullcontext() as pool:
-            reports = (
-                pool.map(inspect_clip, todo, chunksize=64) if pool else map(inspect_clip, todo)
-            )
+            inspected = map(inspect_clip, todo)
+            if pool:
+                inspected = pool.map(inspect_clip, todo, chunksize=64)
             title = f"reading {self.label_path.name}"
-            found = iter(list(tqdm(reports, title, len(todo), leave=False, disable=None)))
+            bar = tqdm(inspected, title, len(todo), leave=False, disable=None)
+            found = iter(list(bar))
         reports = [ClipReport(*known[key]) if key in known else next(found) for key in keys]
         if folder and todo:
             cache.write_text(json.dumps(dict(zip(keys, reports))), encoding="utf-8")
-        LOOKED_THROUGH.update(self.paths)
+        for path, report in zip(self.paths, reports):
+            if not report.problem:
+                LOOKED_THROUGH.add(path)
         return reports
 
     def _problem(self, entry, report):

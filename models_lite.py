@@ -38,9 +38,8 @@ IGNORE = -100  # label of padding
 BLANK = 0  # CTC classes: these two, then the glosses
 UNKNOWN_GLOSS = 1
 TABLES = ("mt5_model.shared.weight", "mt5_model.lm_head.weight")  # a row a piece
-SENTINEL = re.compile(
-    r"▁?<extra_id_\d+>"
-)  # mT5 was pre-trained to emit them between pieces of text
+# what mT5 was pre-trained to emit between pieces of text
+SENTINEL = re.compile(r"▁?<extra_id_\d+>")
 
 
 # ------------------------------------------------------------------------------- front-end

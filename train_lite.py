@@ -1139,10 +1139,8 @@ def write_whole(path, content):
 
 
 def flush_to_disk(path):
-    if (
-        os.name == "posix"
-    ):  # elsewhere a folder cannot be opened, nor a file flushed by another handle
-        # fsync flushes what any handle wrote
+    # elsewhere a folder cannot be opened, nor a file flushed by another handle
+    if os.name == "posix":
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
