@@ -181,10 +181,10 @@ def _train_spiece():
 
     import sentencepiece
 
-    from datasets_lite import _demo_sentence
+    from datasets_lite import demo_sentence
 
     rng, model = np.random.default_rng(0), io.BytesIO()
-    texts = [_demo_sentence(rng)[0] for _ in range(400)] + [
+    texts = [demo_sentence(rng)[0] for _ in range(400)] + [
         "他们在学校学习。",
         "The quick brown fox.",
         "再见！",
