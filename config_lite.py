@@ -56,10 +56,11 @@ class TrainConfig:
     min_lr: float = option(1e-6, "the rate at the end of the cosine")
 
     # --- loss ---
-    # smoothing hid a uniform output, by the review; the loss on glosses needs glosses
+    # at 0.1 a useless, uniform output looked like progress
     label_smoothing: float = option(
         0.0, "0 = off (review, cause 4); the plain nll is shown beside it", group="loss"
     )
+    # needs glosses in labels.train
     ctc_weight: float = option(
         0.0, "of the CTC loss on glosses, over mT5's encoder; 0 = gloss-free"
     )
@@ -117,6 +118,8 @@ class TrainConfig:
     vocab_size: int = option(
         1000, "longer pieces, beside all characters, of an mT5 from scratch", least=1
     )
+
+    # of any mT5
     gradient_checkpointing: bool = option(
         False, "recompute mT5's activations: less memory, more time"
     )
@@ -157,7 +160,7 @@ class TrainConfig:
         enough = self.max_length >= self.temporal_stride
         _require(self, "max_length", enough, "at least temporal_stride")
         for name in ("mt5_path", "data_dir", "output_dir", "init_from", "log_dir", "resume_from"):
-            setattr(self, name, os.path.expanduser(getattr(self, name)))  # ~
+            setattr(self, name, os.path.expanduser(getattr(self, name)))
 
 
 @dataclass(slots=True)

@@ -44,7 +44,7 @@ PARTS = {"body": BODY, "left": LEFT, "right": RIGHT}
 USED = BODY + LEFT + RIGHT
 LEFT_WRIST = BODY.index(9)
 RIGHT_WRIST = BODY.index(10)
-MAX_BYTES = 256 * 2**20  # of a file, of what it unpacks to, and of each array that it claims
+MAX_BYTES = 256 * 2**20  # of a file, of what it unpacks to, of a list's arrays together
 
 
 class DataError(ValueError):
@@ -156,6 +156,7 @@ def load_part_kp(skeletons, confs):
 
     The body goes through `crop_scale`. A hand is taken relative to its own first joint, divided by
     the body's scale and clipped to -1..1; in a frame where that joint was not seen it is all zero.
+    The model brings it to its own scale (models_lite.hand_features).
     """
     kps_with_scores = {}
     for part, joints in PARTS.items():  # the body first: its scale is the hands', too
@@ -437,20 +438,19 @@ def read_clip(path, config, rng=None, frames=None):
     # at most max_length of them, over the whole clip
     chosen = sample_frames(len(scores), config.max_length, rng)
     pose = load_part_kp(keypoints[chosen], scores[chosen])
-    if pose["body"].any():
-        return pose
-    # the few frames that show a body were not among these: put them in
-    keypoints, scores = stored
-    body = load_part_kp(keypoints, scores)["body"]  # (T, 9, 3)
-    shown = np.flatnonzero(body.any(-1).any(-1))[: len(chosen)]
-    if not len(shown):
-        raise DataError(
-            f"{path}: no usable body joint in its {len(scores)} frames; see on_bad_clip"
-        )
-    chosen = sample_frames(len(scores), len(chosen))
-    chosen[: len(shown)] = shown
-    chosen.sort()
-    return load_part_kp(keypoints[chosen], scores[chosen])
+    if not pose["body"].any():
+        # the few frames that show a body were not among these: put them in
+        keypoints, scores = stored
+        body = load_part_kp(keypoints, scores)["body"]  # (T, 9, 3)
+        shown = np.flatnonzero(body.any(-1).any(-1))[: len(chosen)]
+        chosen = sample_frames(len(scores), len(chosen))
+        chosen[: len(shown)] = shown
+        chosen.sort()
+        pose = load_part_kp(keypoints[chosen], scores[chosen])
+    if not pose["body"].any():
+        frames = len(stored[1])
+        raise DataError(f"{path}: no usable body joint in its {frames} frames; see on_bad_clip")
+    return pose
 
 
 def sample_frames(frames, max_length, rng=None):

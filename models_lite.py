@@ -182,9 +182,9 @@ class SignLanguageLite(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def _freeze_mt5_layers(self):
-        """Choose what of mT5 trains (review, step 1) and print a line a part. Idempotent."""
+        """Choose what of mT5 trains (review, step 1); the front-end always does. Idempotent."""
         mt5 = self.mt5_model
-        # 1) everything trains: poses are not text, so the encoder must adapt; head and norms always
+        # 1) all of mT5 trains: poses are not text, so the encoder must adapt; head and norms always
         mt5.requires_grad_(True)
         if self.config.mt5_path:  # from scratch there is no language to keep
             # 2) the first decoder blocks keep their language
@@ -203,8 +203,16 @@ class SignLanguageLite(nn.Module):
     def _print_parameters(self):
         """A line a part: its parameters, and how many of them train."""
         mt5 = self.mt5_model
-        blocks = {"encoder blocks": mt5.encoder.block, "decoder blocks": mt5.decoder.block}
-        for title, part in {"all": self, "mT5": mt5, "head": mt5.lm_head, **blocks}.items():
+        others = [child for name, child in self.named_children() if name != "mt5_model"]
+        parts = {
+            "front-end": nn.ModuleList(others),
+            "piece table": mt5.shared,
+            "encoder blocks": mt5.encoder.block,
+            "decoder blocks": mt5.decoder.block,
+            "head": mt5.lm_head,
+            "all": self,
+        }
+        for title, part in parts.items():
             total = sum(p.numel() for p in part.parameters())
             trainable = sum(p.numel() for p in part.parameters() if p.requires_grad)
             print(f"  {title:14} {total:>13,} parameters, {trainable:>13,} trainable")
@@ -405,10 +413,12 @@ class SignLanguageLite(nn.Module):
         if other.glosses != self.glosses:  # the same shape, perhaps, but other classes
             other_glosses = ["gloss_head.weight", "gloss_head.bias"]
         anew = []
-        for name, value in self.state_to_save().items():
+        for name, value in self.state_dict().items():
             given = source.get(name)
+            if "embed_tokens" in name:  # the shared table again
+                continue
             if name in TABLES and given.shape[1] == value.shape[1]:
-                value[known] = given[rows[known]]
+                value[known] = given[rows[known]].to(value.device)
             elif given is None or given.shape != value.shape or name in other_glosses:
                 anew.append(name)
             else:

@@ -73,7 +73,7 @@ except ImportError:  # Windows: no lock on the run's folder, no peak memory of t
     fcntl = None
     resource = None
 
-SAVE_EVERY = 15 * 60  # seconds between two last.pt, at most
+SAVE_EVERY = 15 * 60  # seconds; a longer epoch is saved within, too
 EVAL_BATCH = 16  # clips per forward pass of an evaluation, at least
 # In these fields a run may differ from the last.pt it goes on from: they do not shape the result.
 FREE_FIELDS = "output_dir resume_from auto_resume num_workers device log_interval val_interval "
@@ -160,6 +160,7 @@ class Run:
     # of the step that is under way
     window: Counter = field(default_factory=Counter)  # sums over its micro-batches
     clips: list = field(default_factory=list)  # their names
+    culprits: list = field(default_factory=list)  # of them, those whose loss was not finite
     last_loss: float = math.nan  # of the last step, per token
     saved_at: float = field(default_factory=time.monotonic)  # seconds
     signals: Any = None  # Signals, while the loop runs
@@ -221,14 +222,15 @@ def save_checkpoint(path, run):
     No random state is in it: each micro-batch draws from seed, epoch and number (`micro_batch`).
     """
     state = {name: getattr(run, name) for name in KEPT.split()}
+    # a second start then changes nothing
+    finished = run.step >= run.total_steps and run.validated
     state |= {
         "config": run.description(),
         "made_of": made_of(run.model, run.data),
         "model": run.model.state_to_save(),
         "optimizer": run.optimizer.state_dict(),
         "scheduler": run.scheduler.state_dict(),
-        "finished": run.step >= run.total_steps
-        and run.validated,  # then a second start changes nothing
+        "finished": finished,
     }
     write_whole(path, lambda aside: torch.save(state, aside))
 
@@ -373,6 +375,8 @@ def train(config, inference, args=None):
                     save_last(run)
             except Stopped as stopped:
                 stopped_by = stopped.args[0]
+            if run.writer:
+                run.writer.close()
             if stopped_by:  # not in `except`: its traceback would keep the loading processes
                 save_last(run)
                 print(
@@ -585,7 +589,8 @@ def make_loaders(run):
     run.constant = texts.most_common(1)[0][0]
     accumulation = config.gradient_accumulation
     run.loader = make_loader(train_data, config.batch_size, run.place, True, accumulation)
-    run.dev_loader = make_loader(run.data["dev"], max(config.batch_size, EVAL_BATCH))
+    alone = Place(device=run.place.device)  # the first process scores all of dev
+    run.dev_loader = make_loader(run.data["dev"], max(config.batch_size, EVAL_BATCH), alone)
     return math.ceil(len(train_data) / run.loader.batch_sampler.window)
 
 
@@ -633,7 +638,10 @@ def make_optimizer(model, config, total_steps, steps_per_epoch):
 
 
 def restore(run, state):
-    """Put a run where last.pt left it; the schedule is that of the budget asked for now."""
+    """Put a run where last.pt left it; the schedule is that of the budget asked for now.
+
+    In a folder without a best/, as after --resume from elsewhere, dev is scored anew first.
+    """
     # moments and steps; then the rate, as the schedule of today's budget has it here
     run.optimizer.load_state_dict(state["optimizer"])
     run.scheduler.load_state_dict(state["scheduler"])
@@ -642,7 +650,7 @@ def restore(run, state):
     for name in KEPT.split():
         setattr(run, name, state[name])
     if not list(run.folder.glob("best*")):
-        run.history = []  # --resume from elsewhere: dev is scored anew, for this folder's best/
+        run.history = []
 
 
 def for_all_processes(model, place):
@@ -713,17 +721,19 @@ def rest_of_epoch(run):
     sampler.start = run.batch
     plan = sampler.plan()
     run.net.train()
-    # starts the loading processes
-    batches = iter(run.loader)
+    if run.step >= run.total_steps:
+        return
+    with run.timed("waited"):
+        batches = iter(run.loader)  # starts the loading processes
     for number, _, counts in plan[run.batch :]:
-        if run.step >= run.total_steps:
-            return
         with run.timed("waited"):
             src_input, tgt_input = next(batches)
         run.batch += 1
         window_full = run.batch % run.config.gradient_accumulation == 0
         last = window_full or run.batch == len(plan)  # an epoch's last window may be short
         yield MicroBatch(number, counts, src_input, tgt_input, last)
+        if run.step >= run.total_steps:
+            return
 
 
 def micro_batch(run, number, counts, src_input, tgt_input, last):
@@ -748,8 +758,9 @@ def micro_batch(run, number, counts, src_input, tgt_input, last):
     tokens = output.num_tokens  # targets, padding apart
     loss = output.loss.item()
     names = src_input["names"]
-    # for a step that is not finite: the culprits first
-    run.clips = run.clips + names if math.isfinite(loss) else names + run.clips
+    run.clips += names
+    if not math.isfinite(loss):
+        run.culprits += names
     run.window.update(
         tokens=tokens,
         loss=loss * tokens,
@@ -786,9 +797,10 @@ def optimiser_step(run):
         run.optimizer.zero_grad(set_to_none=True)  # a step without gradients changes nothing
         run.skipped += 1
         run.bad_in_a_row += 1
+        names = run.culprits or run.clips
         print(
             f"warning: step {run.step + 1} is skipped: its loss or gradient (norm {norm:.3g}) is "
-            f"not finite; {run.skipped} so far; clips: {', '.join(run.clips[:32])}",
+            f"not finite; {run.skipped} so far; clips: {', '.join(names[:32])}",
             file=sys.stderr,
         )
     # the schedule moves with every step, skipped or not
@@ -800,6 +812,7 @@ def optimiser_step(run):
     run.last_loss = window["loss"] / tokens
     run.window = Counter()
     run.clips = []
+    run.culprits = []
     if run.bad_in_a_row >= 10:
         raise RunError(
             "10 steps in a row were not finite: lower learning_rate, keep max_grad_norm above 0, "
@@ -980,8 +993,6 @@ def say_finished(run):
 
 def say_end(run):
     """What to do next, and the run in one line."""
-    if run.writer:
-        run.writer.close()
     first = run.history[0]
     final = run.history[-1]
     print(f"next: python train_lite.py evaluate {run.folder} --split test")
@@ -1110,7 +1121,7 @@ def write_whole(path, content):
     """Write bytes, or the file or folder that content(path) writes, beside path, then rename it.
 
     So path is never half; a crash between a folder's two renames leaves path.old. Raises RunError
-    naming path, what was written and the space left.
+    naming path and the space left.
     """
     path = Path(path)
     aside = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -1132,7 +1143,7 @@ def write_whole(path, content):
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, RuntimeError, SafetensorError) as error:  # of a full disk, too
         remove(aside)
-        free = shutil.disk_usage(path.parent).free / 1e6
+        free = shutil.disk_usage(path.parent).free / 1e6 if path.parent.is_dir() else 0
         raise RunError(
             f"could not write {path}: {error} ({free:,.0f} MB are free); what stood there is whole"
         ) from error
@@ -1316,6 +1327,8 @@ def evaluate_command(config, inference, args):
     """`evaluate RUN`: a split's scores, one a line, with intervals; predictions in a file."""
     folder = find_best(args.run)
     place = find_place(config)
+    if place.rank:  # one process scores and writes
+        return 0
     model = SignLanguageLite.from_pretrained(folder).to(place.device)
     # position tables hold so many
     longest = model.config.max_length
@@ -1326,7 +1339,7 @@ def evaluate_command(config, inference, args):
     dataset = SignLanguageDataset(path, config, "evaluated")
     dataset.encode = model.codec.encode  # labels, for the loss
     print("\n".join(data_report({args.split: dataset}, model.codec)), file=sys.stderr)
-    loader = make_loader(dataset, max(config.batch_size, EVAL_BATCH), place)
+    loader = make_loader(dataset, max(config.batch_size, EVAL_BATCH), Place(device=place.device))
     constant = read_json(folder / "config.json").get("constant", "")
     metrics, rows = evaluate(model, loader, inference, place, constant)
     print_scores(metrics, rows, config.language)
@@ -1344,12 +1357,15 @@ def print_scores(metrics, rows, language):
     with_interval = intervals(predictions, references, language)  # of two metrics
     if not metrics["bleu4"]:  # no reference has four tokens: sacrebleu's smoothing tells nothing
         del with_interval["bleu4"]
-    for key in {"exact_match": 0, **metrics}:
+    names = ["exact_match", *(name for name in metrics if name != "exact_match")]
+    for key in names:
         value = metrics[key]
         if isinstance(value, float):
             value = f"{value:.4f}" if key == "dev_loss" else f"{value:.2f}"
         print(key, with_interval.get(key, value))
-    print(collapse_warning(metrics, predictions))
+    warning = collapse_warning(metrics, predictions)
+    if warning:
+        print(warning)
 
 
 def translate_command(config, inference, args):
@@ -1405,6 +1421,7 @@ def make_parser(command):
         parser.add_argument("clips", nargs="+", help="pose files")
         words = "one JSON object a line"
         parser.add_argument("--json", action="store_true", default=False, help=words)
+    group = parser
     for item in [*fields(TrainConfig), *fields(InferenceConfig)]:
         if "group" in item.metadata:  # this field and those below it
             group = parser.add_argument_group(item.metadata["group"])
@@ -1418,7 +1435,8 @@ def make_parser(command):
 
 def add_flag(group, item):
     """The flag of one field; a truth value may be given without a word for true."""
-    flags = [f"--{item.name}", *item.metadata.get("aliases", [])]
+    dashed = item.name.replace("_", "-")
+    flags = [f"--{item.name}", f"--{dashed}", *item.metadata.get("aliases", [])]
     # argparse turns the word into the field's type
     how = {"type": item.type}
     choices = get_args(item.type)  # of a Literal
@@ -1426,14 +1444,17 @@ def add_flag(group, item):
         how = {"type": type(choices[0]), "choices": choices}
     elif item.type is bool:
         how = {"type": true_or_false, "nargs": "?", "const": True, "metavar": "true|false"}
-    words = f"{item.metadata['help']} (default: {item.default!r})".replace("%", "%%")
-    group.add_argument(*flags, dest=item.name, help=words, **how)
+    words = item.metadata.get("help", "")  # none where a user wrote a plain default
+    words = f"{words} (default: {item.default!r})".replace("%", "%%")
+    group.add_argument(*dict.fromkeys(flags), dest=item.name, help=words, **how)
 
 
 def true_or_false(word):
-    if word.lower() not in ("true", "false"):
-        raise ValueError(word)  # argparse names the flag
-    return word.lower() == "true"
+    if word.lower() in ("true", "yes", "1"):
+        return True
+    if word.lower() in ("false", "no", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{word!r} is neither true nor false")
 
 
 def parse(argv):

@@ -1,6 +1,4 @@
-"""The configuration: the contract's defaults, every field checked by name, a typo that cannot go
-unseen.
-"""
+"""The configuration: the contract's defaults, and every bad value or misspelt name refused."""
 
 import ast
 import math
@@ -26,12 +24,9 @@ def not_its_type(item):
     """Values that a field of this type must refuse, by name."""
     choices = getattr(item.type, "__args__", None)
     if choices:
-        return [
-            None,
-            "neither of them",
-            17,
-            float(choices[0]) if isinstance(choices[0], int) else choices[0].upper(),
-        ]
+        first = choices[0]
+        almost = float(first) if isinstance(first, int) else first.upper()
+        return [None, "neither of them", 17, almost]
     return {
         str: [None, 3, b"bytes", ["a"]],
         bool: [None, 1, 0.0, "true"],
@@ -42,10 +37,13 @@ def not_its_type(item):
 
 def out_of_range(kind, name):
     """Values of the right type that this field must refuse, by name."""
-    numbers = [] if kind is InferenceConfig else [-1, -0.5]
-    at_least_one = [0] if name in AT_LEAST_ONE else []
-    number = kind.__dataclass_fields__[name].type in (int, float)
-    return (numbers + at_least_one) * number + SPECIAL.get(name, [])
+    values = list(SPECIAL.get(name, []))
+    is_number = kind.__dataclass_fields__[name].type in (int, float)
+    if is_number and kind is not InferenceConfig:
+        values += [-1, -0.5]
+    if is_number and name in AT_LEAST_ONE:
+        values.append(0)
+    return values
 
 
 AT_LEAST_ONE = {
@@ -75,9 +73,13 @@ SPECIAL = {
 }
 
 
+TRAINING_FIELDS = [(TrainConfig, item.name) for item in fields(TrainConfig)]
+DECODING_FIELDS = [(InferenceConfig, item.name) for item in fields(InferenceConfig)]
+
+
 @pytest.mark.parametrize(
     "kind, name",
-    [(k, item.name) for k in (TrainConfig, InferenceConfig) for item in fields(k)],
+    TRAINING_FIELDS + DECODING_FIELDS,
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
 def test_a_bad_value_is_refused_by_name(kind, name):
@@ -101,9 +103,7 @@ def test_the_message_names_the_choices():
 
 @pytest.mark.parametrize("name", ["batch_size", "max_steps"])
 def test_a_whole_float_never_ends_up_where_an_int_is_needed(name):
-    """2.0 may be refused or made 2; kept as a float it would fail hours later, in a slice or a
-    range.
-    """
+    """2.0 may be refused or made 2; kept as a float it would fail hours later, in a slice."""
     try:
         value = getattr(TrainConfig(**{name: 2.0}), name)
     except ConfigError as error:
@@ -186,7 +186,8 @@ def test_the_contract_s_options_exist():
         "temporal_stride",
         "on_bad_clip",
     ]
-    assert not set(wanted) - set(NAMES), f"missing: {sorted(set(wanted) - set(NAMES))}"
+    missing = sorted(set(wanted) - set(NAMES))
+    assert not missing, f"missing: {missing}"
     decoding = {item.name for item in fields(InferenceConfig)}
     assert decoding == {"num_beams", "max_new_tokens", "length_penalty", "no_repeat_ngram_size"}
 
@@ -200,41 +201,41 @@ def test_from_scratch_no_pretrained_model_is_asked_for_and_the_budget_is_in_step
     """A budget in epochs would shrink with the data; steps stay steps at a third of it."""
     for kind in (ScratchConfig, DemoConfig):
         config = kind()
-        assert isinstance(config, TrainConfig) and config.mt5_path == "" and config.max_steps > 0, (
-            kind.__name__
-        )
+        assert isinstance(config, TrainConfig), kind.__name__
+        assert config.mt5_path == "", kind.__name__
+        assert config.max_steps > 0, kind.__name__
         assert config.batch_size * config.gradient_accumulation >= 32, kind.__name__
 
 
 def test_the_demo_differs_from_scratch_only_in_what_it_must():
-    base, demo = ScratchConfig(), DemoConfig()
+    base = ScratchConfig()
+    demo = DemoConfig()
     changed = {name for name in NAMES if getattr(base, name) != getattr(demo, name)}
-    assert isinstance(demo, ScratchConfig) and "data_dir" in changed
+    assert isinstance(demo, ScratchConfig)
+    assert "data_dir" in changed
     assert changed <= {"data_dir", "max_steps", "epochs", "val_interval"}, (
         f"the demo changes {sorted(changed)}"
     )
 
 
+def is_a_config(node):
+    """Whether this expression is called config, as in `config` and in `self.config`."""
+    if isinstance(node, ast.Name):
+        return node.id == "config"
+    return isinstance(node, ast.Attribute) and node.attr == "config"
+
+
 def test_every_option_is_read_somewhere():
-    """The original's gradient_checkpointing, max_text_length and three more were read nowhere: they
-    lied.
-    """
+    """The original's gradient_checkpointing, max_text_length and three more were read nowhere."""
     read = set()
     for name in ("datasets_lite.py", "models_lite.py", "train_lite.py"):
-        for node in ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8"))):
-            owner = (
-                node.value
-                if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
-                else None
-            )
-            if (
-                isinstance(owner, ast.Name)
-                and owner.id == "config"
-                or isinstance(owner, ast.Attribute)
-                and owner.attr == "config"
-            ):
+        tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            is_read = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+            if is_read and is_a_config(node.value):
                 read.add(node.attr)
-    assert not set(NAMES) - read, f"options that nothing reads: {sorted(set(NAMES) - read)}"
+    unread = sorted(set(NAMES) - read)
+    assert not unread, f"options that nothing reads: {unread}"
 
 
 # ------------------------------------------------------------------------- edited defaults

@@ -1,6 +1,4 @@
-"""From files to batches: what is read, what is refused and how; no pose whatever makes a batch
-unfit.
-"""
+"""From files to batches: what is read, what is refused; no pose whatever makes a batch unfit."""
 
 import codecs
 import gzip
@@ -44,57 +42,75 @@ from datasets_lite import (
     read_clip,
 )
 
-NAN, INF = float("nan"), float("inf")
+NAN = float("nan")
+INF = float("inf")
 REFUSED = (DataError, pickle.UnpicklingError)
 
 
-def finite_and_bounded(parts):
-    """Complaints about tensors that are not finite or leave -1..1."""
-    return [
-        f"{name}: {tensor.isnan().sum()} NaN, {tensor.isinf().sum()} Inf, "
-        f"largest {tensor.abs().max()}"
-        for name, tensor in parts.items()
-        if not (tensor.isfinite().all() and tensor.abs().max() <= 1)
-    ]
+def assert_finite_and_bounded(parts, where=""):
+    """No tensor of a clip has a number that is not finite or not within -1..1."""
+    complaints = []
+    for name, tensor in parts.items():
+        largest = tensor.abs().max()
+        if not tensor.isfinite().all() or largest > 1:
+            nans = tensor.isnan().sum()
+            infinities = tensor.isinf().sum()
+            complaints.append(f"{name}: {nans} NaN, {infinities} Inf, largest {largest}")
+    assert not complaints, f"{where} {complaints}"
 
 
-# ------------------------------------------------------------------------- crop_scale
+def assert_reads_as(path, keypoints, scores):
+    """A pose file holds these arrays."""
+    found_keypoints, found_scores = load_pose_file(path)
+    assert np.array_equal(found_keypoints, keypoints)
+    assert np.array_equal(found_scores, scores)
+
+
+def names_of(dataset):
+    """The clips that a data set kept, in its order."""
+    return [entry["name"] for entry in dataset.entries]
+
+
+# ------------------------------------------------------------ crop_scale
 
 
 def motion_of(frames=6, joints=9, seed=0):
     """(T, V, 3): x, y, confidence."""
     rng = np.random.default_rng(seed)
-    return np.concatenate(
-        [rng.uniform(0.1, 0.9, (frames, joints, 2)), rng.uniform(0, 1.1, (frames, joints, 1))], -1
-    )
+    places = rng.uniform(0.1, 0.9, (frames, joints, 2))
+    confidences = rng.uniform(0, 1.1, (frames, joints, 1))
+    return np.concatenate([places, confidences], -1)
 
 
-def crop_by_hand(motion, thr):
+def crop_by_hand(motion, threshold):
     """The contract's words, joint by joint."""
-    good = [
-        (t, v)
-        for t in range(motion.shape[0])
-        for v in range(motion.shape[1])
-        if motion[t, v, 2] > thr and np.isfinite(motion[t, v, :2]).all()
-    ]
-    result = np.zeros(motion.shape)
-    low, high = np.min([motion[i][:2] for i in good], 0), np.max([motion[i][:2] for i in good], 0)
+    usable = []
+    for index in np.ndindex(motion.shape[:2]):  # (frame, joint)
+        x, y, confidence = motion[index]
+        if confidence > threshold and np.isfinite(x) and np.isfinite(y):
+            usable.append(index)
+    places = [motion[index][:2] for index in usable]
+    low = np.min(places, 0)
+    high = np.max(places, 0)
     scale = max(high - low)
     offset = (low + high - scale) / 2
-    for i in good:
-        result[i][:2] = np.clip(2 * (motion[i][:2] - offset) / scale - 1, -1, 1)
-        result[i][2] = np.clip(motion[i][2], 0, 1)
+    result = np.zeros(motion.shape)
+    for index in usable:
+        result[index][:2] = np.clip(2 * (motion[index][:2] - offset) / scale - 1, -1, 1)
+        result[index][2] = np.clip(motion[index][2], 0, 1)
     return result, scale, offset
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_crop_scale_is_one_box_for_the_clip(seed):
-    rng, motion = np.random.default_rng(seed), motion_of(seed=seed)
+    rng = np.random.default_rng(seed)
+    motion = motion_of(seed=seed)
     motion[rng.random(motion.shape) < 0.05] = rng.choice([NAN, INF, -INF])
     result, scale, offset = crop_scale(motion, THRESHOLD)
     wanted, wanted_scale, wanted_offset = crop_by_hand(motion, THRESHOLD)
     assert np.allclose(result, wanted, atol=1e-6), f"off by {np.abs(result - wanted).max():.2e}"
-    assert np.isclose(scale, wanted_scale) and np.allclose(offset, wanted_offset)
+    assert np.isclose(scale, wanted_scale)
+    assert np.allclose(offset, wanted_offset)
     assert np.abs(result[..., :2]).max() == pytest.approx(1, abs=1e-6), (
         "the longer side spans -1..1"
     )
@@ -115,30 +131,33 @@ def test_one_bad_joint_costs_that_joint_and_not_the_clip(channel, bad):
     motion[..., 2] = 0.9
     motion[2, 3, 2] = 0.0
     without, scale, _ = crop_scale(motion, THRESHOLD)  # the joint unseen
-    motion[2, 3] = motion[2, 3, 0], motion[2, 3, 1], 0.9
+    motion[2, 3, 2] = 0.9
     motion[2, 3, channel] = bad
     result, scale_with, _ = crop_scale(motion, THRESHOLD)
     if channel == 2 and bad == INF:  # a confidence above the threshold, if an odd one: clipped to 1
         assert result[2, 3, 2] == 1
     else:
-        assert np.array_equal(result, without) and scale == scale_with, (
-            f"scale {scale} -> {scale_with}"
-        )
+        assert np.array_equal(result, without)
+        assert scale_with == scale
         assert not result[2, 3].any()
 
 
 def test_a_joint_at_the_threshold_is_unseen_and_one_above_it_is_seen():
     motion = motion_of()
     motion[..., 2] = 0.9
-    motion[0, 0, 2], motion[0, 1, 2] = THRESHOLD, np.nextafter(THRESHOLD, 1)
+    motion[0, 0, 2] = THRESHOLD
+    motion[0, 1, 2] = np.nextafter(THRESHOLD, 1)
     result, _, _ = crop_scale(motion, THRESHOLD)
-    assert THRESHOLD == 0.3 and not result[0, 0].any() and result[0, 1, 2] > 0
+    assert THRESHOLD == 0.3
+    assert not result[0, 0].any()
+    assert result[0, 1, 2] > 0
 
 
 def test_confidence_is_clipped_to_one():
     motion = motion_of()
     motion[..., 2] = 1.08  # seen in real files
-    assert crop_scale(motion, THRESHOLD)[0][..., 2].max() == 1
+    result, _, _ = crop_scale(motion, THRESHOLD)
+    assert result[..., 2].max() == 1
 
 
 @pytest.mark.parametrize("usable", [0, 1, 3, 4])
@@ -148,27 +167,37 @@ def test_fewer_than_four_usable_joints_are_no_clip(usable):
     motion[0, :usable, 2] = 0.9
     result, scale, offset = crop_scale(motion, THRESHOLD)
     if usable < 4:
-        assert not result.any() and scale == 0 and offset is None
+        assert not result.any()
+        assert scale == 0
+        assert offset is None
     else:
-        assert result.any() and scale > 0 and offset is not None
+        assert result.any()
+        assert scale > 0
+        assert offset is not None
 
 
 @pytest.mark.parametrize("points", ["one point", "a span beyond float64", "denormal span"])
 def test_a_degenerate_box_is_no_clip(points):
     motion = motion_of()
     motion[..., 2] = 0.9
-    motion[..., :2] = 0.5 if points == "one point" else 0
-    motion[0, 0, 0] = {"one point": 0.5, "a span beyond float64": 1.7e308, "denormal span": 5e-324}[
-        points
-    ]
-    motion[0, 1, 0] = -1.7e308 if points == "a span beyond float64" else motion[0, 1, 0]
+    if points == "one point":
+        motion[..., :2] = 0.5
+    elif points == "a span beyond float64":
+        motion[..., :2] = 0
+        motion[0, 0, 0] = 1.7e308
+        motion[0, 1, 0] = -1.7e308
+    else:
+        motion[..., :2] = 0
+        motion[0, 0, 0] = 5e-324
     result, scale, offset = crop_scale(motion, THRESHOLD)
-    assert not result.any() and scale == 0 and offset is None, f"scale {scale}, offset {offset}"
+    assert not result.any(), f"scale {scale}, offset {offset}"
+    assert scale == 0
+    assert offset is None
 
 
 @pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
 def test_no_bit_pattern_whatever_makes_a_nan_or_a_warning(kind):
-    """Random bits: NaNs of all kinds, signalling ones, too, Inf, denormals, the largest."""
+    """Random bits: NaNs of all kinds, signalling ones, Inf, denormals, the largest numbers."""
     for seed in range(20):
         raw = np.random.default_rng(seed).bytes(5 * 133 * 3 * np.dtype(kind).itemsize)
         motion = np.frombuffer(raw, kind).reshape(5, 133, 3)
@@ -176,65 +205,81 @@ def test_no_bit_pattern_whatever_makes_a_nan_or_a_warning(kind):
             warnings.simplefilter("error")
             result, scale, _ = crop_scale(motion, THRESHOLD)
             parts = load_part_kp(motion[..., :2], motion[..., 2])
-        assert np.isfinite(result).all() and np.isfinite(scale) and np.abs(result).max() <= 1, (
-            f"seed {seed}"
-        )
-        assert not finite_and_bounded(parts), f"seed {seed}: {finite_and_bounded(parts)}"
+        assert np.isfinite(result).all(), f"seed {seed}"
+        assert np.isfinite(scale), f"seed {seed}"
+        assert np.abs(result).max() <= 1, f"seed {seed}"
+        assert_finite_and_bounded(parts, f"seed {seed}:")
 
 
-# ------------------------------------------------------------------------- hostile poses
+# ------------------------------------------------------------ hostile poses
 
 
-def _at(where, value):
+# Each changes the arrays of a sound clip in place.
+
+
+def place(where, value):
     def change(keypoints, scores):
         keypoints[where] = value
 
     return change
 
 
-def _confidence(where, value):
+def confidence(where, value):
     def change(keypoints, scores):
         scores[where] = value
 
     return change
 
 
-def _span(keypoints, scores):
-    keypoints[0, 0], keypoints[0, 5] = 3e38, -3e38
+def times(factor):
+    def change(keypoints, scores):
+        keypoints *= np.float32(factor)
+
+    return change
 
 
-def _bits(keypoints, scores):
+def all_zeros(keypoints, scores):
+    keypoints[:] = 0
+    scores[:] = 0
+
+
+def wider_than_float32(keypoints, scores):
+    keypoints[0, 0] = 3e38
+    keypoints[0, 5] = -3e38
+
+
+def random_bits(keypoints, scores):
     rng = np.random.default_rng(0)
     keypoints[:] = np.frombuffer(rng.bytes(keypoints.nbytes), np.float32).reshape(keypoints.shape)
 
 
 HOSTILE = {
-    "all zeros": lambda k, s: (k.fill(0), s.fill(0)),
-    "zeros, but sure": _at(..., 0),
-    "all NaN": _at(..., NAN),
-    "all Inf": _at(..., INF),
-    "all -Inf": _at(..., -INF),
-    "confidences NaN": _confidence(..., NAN),
-    "confidences Inf": _confidence(..., INF),
-    "confidences negative": _confidence(..., -1),
-    "confidences 1e30": _confidence(..., 1e30),
-    "all 1e30": _at(..., 1e30),
-    "all 1e38": _at(..., 1e38),
-    "x 1e30": _at((..., 0), 1e30),
-    "times 1e30": lambda k, s: np.multiply(k, 1e30, out=k),
-    "times 1e38": lambda k, s: np.multiply(k, 1e38, out=k),
-    "wider than float32": _span,
-    "random bits": _bits,
-    "one joint NaN": _at((2, 5), NAN),
-    "one joint Inf": _at((2, 5), INF),
-    "one joint 1e30": _at((2, 5), 1e30),
-    "one joint 1e38": _at((2, 5), 1e38),
-    "a wrist NaN": _at((2, 91), NAN),
-    "a finger Inf": _at((2, 95), INF),
-    "a finger 1e38": _at((2, 95), 1e38),
-    "one confidence NaN": _confidence((2, 5), NAN),
-    "a frame NaN": _at(3, NAN),
-    "tiny": lambda k, s: np.multiply(k, 1e-42, out=k),
+    "all zeros": all_zeros,
+    "zeros, but sure": place(..., 0),
+    "all NaN": place(..., NAN),
+    "all Inf": place(..., INF),
+    "all -Inf": place(..., -INF),
+    "confidences NaN": confidence(..., NAN),
+    "confidences Inf": confidence(..., INF),
+    "confidences negative": confidence(..., -1),
+    "confidences 1e30": confidence(..., 1e30),
+    "all 1e30": place(..., 1e30),
+    "all 1e38": place(..., 1e38),
+    "x 1e30": place((..., 0), 1e30),
+    "times 1e30": times(1e30),
+    "times 1e38": times(1e38),
+    "wider than float32": wider_than_float32,
+    "random bits": random_bits,
+    "one joint NaN": place((2, 5), NAN),
+    "one joint Inf": place((2, 5), INF),
+    "one joint 1e30": place((2, 5), 1e30),
+    "one joint 1e38": place((2, 5), 1e38),
+    "a wrist NaN": place((2, 91), NAN),
+    "a finger Inf": place((2, 95), INF),
+    "a finger 1e38": place((2, 95), 1e38),
+    "one confidence NaN": confidence((2, 5), NAN),
+    "a frame NaN": place(3, NAN),
+    "tiny": times(1e-42),
 }
 
 
@@ -242,31 +287,32 @@ HOSTILE = {
 def test_hostile_poses_give_no_nan_and_no_warning(name):
     keypoints, scores = random_clip()
     HOSTILE[name](keypoints, scores)
-    before = keypoints.copy(), scores.copy()
+    keypoints_before = keypoints.copy()
+    scores_before = scores.copy()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         parts = load_part_kp(keypoints, scores)
-    assert not finite_and_bounded(parts), finite_and_bounded(parts)
-    assert np.array_equal(before[0], keypoints, equal_nan=True)
-    assert np.array_equal(before[1], scores, equal_nan=True)
+    assert_finite_and_bounded(parts)
+    assert np.array_equal(keypoints, keypoints_before, equal_nan=True)
+    assert np.array_equal(scores, scores_before, equal_nan=True)
 
 
 @pytest.mark.parametrize("augment", [False, True])
 def test_a_batch_of_hostile_clips_is_free_of_nan(tmp_path, augment):
-    """Through files, the data set and collate_fn; what cannot be used is left out by name."""
+    """Through files, the data set and collate_fn; what cannot be used at all is left out."""
     made = {}
     for i, (name, change) in enumerate(HOSTILE.items()):
         keypoints, scores = random_clip(seed=i)
         change(keypoints, scores)
-        made[name] = keypoints, scores
+        made[name] = (keypoints, scores)
+    labels = write_corpus(tmp_path / "data", made)
     config = scratch_config(on_bad_clip="skip", output_dir=str(tmp_path / "run"), augment=augment)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        dataset = SignLanguageDataset(write_corpus(tmp_path / "data", made), config, "train")
+        dataset = SignLanguageDataset(labels, config, "train")
         src_input, _ = dataset.collate_fn([dataset[i] for i in range(len(dataset))])
-    kept = {e["name"] for e in dataset.entries}
-    parts = {key: src_input[key] for key in ("body", "left", "right")}
-    assert not finite_and_bounded(parts), finite_and_bounded(parts)
+    kept = set(names_of(dataset))
+    assert_finite_and_bounded({part: src_input[part] for part in ("body", "left", "right")})
     assert {
         "one joint NaN",
         "one joint Inf",
@@ -278,7 +324,7 @@ def test_a_batch_of_hostile_clips_is_free_of_nan(tmp_path, augment):
     assert not {"all zeros", "all NaN", "all Inf", "confidences NaN", "confidences negative"} & kept
 
 
-# ------------------------------------------------------------------------- load_part_kp
+# ------------------------------------------------------------ load_part_kp
 
 
 def test_the_parts_are_the_joints_they_are_said_to_be():
@@ -287,25 +333,27 @@ def test_the_parts_are_the_joints_they_are_said_to_be():
     shapes = {name: tuple(tensor.shape) for name, tensor in parts.items()}
     assert shapes == {"body": (7, 9, 3), "left": (7, 21, 3), "right": (7, 21, 3)}
     assert all(tensor.dtype == torch.float32 for tensor in parts.values())
-    body, scale, _ = crop_scale(
-        np.concatenate([keypoints[:, BODY], scores[:, BODY, None]], -1), 0.3
-    )
+    motion = np.concatenate([keypoints[:, BODY], scores[:, BODY, None]], -1)
+    body, scale, _ = crop_scale(motion, 0.3)
     assert np.allclose(parts["body"], body, atol=1e-6)
     for name, joints in (("left", LEFT), ("right", RIGHT)):
         wanted = np.clip((keypoints[:, joints] - keypoints[:, joints[:1]]) / scale, -1, 1)
-        assert np.allclose(parts[name][..., :2], wanted, atol=1e-5), (
-            f"{name}: {np.abs(parts[name][..., :2] - wanted).max()}"
-        )
-    assert list(range(91, 112)) == LEFT and list(range(112, 133)) == RIGHT
+        off = np.abs(parts[name][..., :2].numpy() - wanted)
+        assert off.max() < 1e-5, f"{name}: {off.max()}"
+    assert list(range(91, 112)) == LEFT
+    assert list(range(112, 133)) == RIGHT
 
 
 def test_a_hand_does_not_change_when_it_moves_as_a_whole():
     keypoints, scores = random_clip()
     moved = keypoints.copy()
     moved[:, LEFT] += [0.05, -0.02]
-    a, b = load_part_kp(keypoints, scores), load_part_kp(moved, scores)
-    assert torch.allclose(a["left"], b["left"], atol=1e-4), f"{(a['left'] - b['left']).abs().max()}"
-    assert torch.equal(a["right"], b["right"]) and torch.equal(a["body"], b["body"])
+    before = load_part_kp(keypoints, scores)
+    after = load_part_kp(moved, scores)
+    off = (before["left"] - after["left"]).abs().max()
+    assert torch.allclose(before["left"], after["left"], atol=1e-4), f"off by {off}"
+    assert torch.equal(before["right"], after["right"])
+    assert torch.equal(before["body"], after["body"])
 
 
 @pytest.mark.parametrize("fault", ["low", "nan"])
@@ -318,52 +366,56 @@ def test_a_hand_whose_first_joint_is_unseen_is_zero_in_that_frame(part, wrist, f
     else:
         keypoints[4, wrist] = NAN
     parts = load_part_kp(keypoints, scores)
-    others = [t for t in range(len(scores)) if t != 4]
-    assert not parts[part][4].any() and torch.equal(parts[part][others], whole[part][others])
-    other = "right" if part == "left" else "left"
-    assert torch.equal(parts[other], whole[other]) and torch.equal(parts["body"], whole["body"])
+    other_frames = [frame for frame in range(len(scores)) if frame != 4]
+    assert not parts[part][4].any()
+    assert torch.equal(parts[part][other_frames], whole[part][other_frames])
+    other_hand = "right" if part == "left" else "left"
+    assert torch.equal(parts[other_hand], whole[other_hand])
+    assert torch.equal(parts["body"], whole["body"])
 
 
 def test_the_pose_does_not_depend_on_where_the_signer_stands_or_how_large():
     keypoints, scores = random_clip()
-    a, b = load_part_kp(keypoints, scores), load_part_kp(keypoints * 640 + [30, 200], scores)
-    worst = max((a[name] - b[name]).abs().max().item() for name in a)
+    here = load_part_kp(keypoints, scores)
+    there = load_part_kp(keypoints * 640 + [30, 200], scores)
+    worst = max((here[part] - there[part]).abs().max().item() for part in here)
     assert worst < 1e-3, f"differs by {worst}"
 
 
 def test_exchanging_two_joints_exchanges_their_rows():
     """The original took the mean over joints: nothing may be lost before the model, either."""
     keypoints, scores = random_clip()
-    order = list(range(133))
-    order[95], order[99] = 99, 95
-    a, b = load_part_kp(keypoints, scores), load_part_kp(keypoints[:, order], scores[:, order])
-    rows = list(range(21))
-    rows[4], rows[8] = 8, 4
-    assert torch.equal(a["left"][:, rows], b["left"]) and not torch.equal(a["left"], b["left"])
+    joints = list(range(133))
+    joints[95], joints[99] = joints[99], joints[95]
+    rows = list(range(21))  # the same two, in the left hand
+    rows[4], rows[8] = rows[8], rows[4]
+    before = load_part_kp(keypoints, scores)["left"]
+    after = load_part_kp(keypoints[:, joints], scores[:, joints])["left"]
+    assert torch.equal(before[:, rows], after)
+    assert not torch.equal(before, after)
 
 
 def test_the_real_clip_has_its_known_figures():
     path = shared("csl_news/pose_format") / "Common-Concerns_20200730_0-87_468436.pkl"
     keypoints, scores = load_pose_file(path)
     parts = load_part_kp(keypoints, scores)
-    assert keypoints.shape == (87, 133, 2) and scores.shape == (87, 133)
+    assert keypoints.shape == (87, 133, 2)
+    assert scores.shape == (87, 133)
 
-    def box(joints):
-        return crop_scale(np.concatenate([keypoints[:, joints], scores[:, joints, None]], -1), 0.3)[
-            1
-        ]
+    def box_side(joints):
+        motion = np.concatenate([keypoints[:, joints], scores[:, joints, None]], -1)
+        _, scale, _ = crop_scale(motion, 0.3)
+        return round(scale, 4)
 
     def extent(part, axis):
-        seen = part[..., 2] > 0
-        return [
-            round(part[..., axis][seen].min().item(), 2),
-            round(part[..., axis][seen].max().item(), 2),
-        ]
+        is_seen = part[..., 2] > 0
+        values = part[..., axis][is_seen]
+        return [round(values.min().item(), 2), round(values.max().item(), 2)]
 
-    assert round(box([0, 3, 4, 5, 6, 7, 8, 9, 10]), 4) == 0.6246
+    assert box_side([0, 3, 4, 5, 6, 7, 8, 9, 10]) == 0.6246
     # with the hips, which are out of the frame
-    assert round(box([0, 5, 6, 7, 8, 9, 10, 11, 12]), 4) == 0.7611
-    found = {name: [extent(part, axis) for axis in (0, 1)] for name, part in parts.items()}
+    assert box_side([0, 5, 6, 7, 8, 9, 10, 11, 12]) == 0.7611
+    found = {name: [extent(part, 0), extent(part, 1)] for name, part in parts.items()}
     assert found == {
         "body": [[-1.0, 1.0], [-0.99, 0.99]],
         "left": [[-0.26, 0.15], [-0.26, 0.16]],
@@ -371,39 +423,44 @@ def test_the_real_clip_has_its_known_figures():
     }
 
 
-# ------------------------------------------------------------------------- load_pose_file: forms
+# ------------------------------------------------------------ load_pose_file: forms
 
-FORMS = {
-    "list of (1, 133, 2)": lambda k, s: {
-        "keypoints": [f[None] for f in k],
-        "scores": [f[None] for f in s],
-    },
-    "list of (133, 2)": lambda k, s: {"keypoints": list(k), "scores": list(s)},
-    "(T, 1, 133, 2)": lambda k, s: {"keypoints": k[:, None], "scores": s[:, None]},
-    "(T, 133, 2)": lambda k, s: {"keypoints": k, "scores": s},
-    "two persons": lambda k, s: {
-        "keypoints": np.stack([k, k + 9], 1),
-        "scores": np.stack([s, 0 * s], 1),
-    },
-    "float64": lambda k, s: {"keypoints": k.astype(np.float64), "scores": s.astype(np.float64)},
-    "Fortran order": lambda k, s: {
-        "keypoints": np.asfortranarray(k),
-        "scores": np.asfortranarray(s),
-    },
-    "big-endian": lambda k, s: {"keypoints": k.astype(">f4"), "scores": s.astype(">f8")},
-    "tuples": lambda k, s: {"keypoints": tuple(k), "scores": tuple(s[:, None])},
-    "OrderedDict": lambda k, s: OrderedDict(keypoints=k, scores=s),
-    "further fields": lambda k, s: {
-        "keypoints": k,
-        "scores": s,
-        "w_h": [512, np.int64(512)],
-        "fps": np.float32(25),
-        "tags": {"a", "b"},
-        "start": None,
-        "video": "x.mp4",
-        "raw": b"\x00\xff",
-    },
-}
+
+def forms_of(keypoints, scores):
+    """{what: the content of a pose file in that form}, all of one clip."""
+    k = keypoints
+    s = scores
+    return {
+        "list of (1, 133, 2)": {
+            "keypoints": [frame[None] for frame in k],
+            "scores": [frame[None] for frame in s],
+        },
+        "list of (133, 2)": {"keypoints": list(k), "scores": list(s)},
+        "(T, 1, 133, 2)": {"keypoints": k[:, None], "scores": s[:, None]},
+        "(T, 133, 2)": {"keypoints": k, "scores": s},
+        "two persons": {
+            "keypoints": np.stack([k, k + 9], 1),
+            "scores": np.stack([s, 0 * s], 1),
+        },
+        "float64": {"keypoints": k.astype(np.float64), "scores": s.astype(np.float64)},
+        "Fortran order": {"keypoints": np.asfortranarray(k), "scores": np.asfortranarray(s)},
+        "big-endian": {"keypoints": k.astype(">f4"), "scores": s.astype(">f8")},
+        "tuples": {"keypoints": tuple(k), "scores": tuple(s[:, None])},
+        "OrderedDict": OrderedDict(keypoints=k, scores=s),
+        "further fields": {
+            "keypoints": k,
+            "scores": s,
+            "w_h": [512, np.int64(512)],
+            "fps": np.float32(25),
+            "tags": {"a", "b"},
+            "start": None,
+            "video": "x.mp4",
+            "raw": b"\x00\xff",
+        },
+    }
+
+
+FORMS = list(forms_of(*random_clip(5)))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -411,21 +468,27 @@ FORMS = {
 def test_every_form_and_protocol_gives_the_same_arrays(tmp_path, form, protocol):
     keypoints, scores = random_clip(5)
     path = tmp_path / "clip.pkl"
-    path.write_bytes(pickle.dumps(FORMS[form](keypoints, scores), protocol=protocol))
-    found = load_pose_file(path)
-    assert np.array_equal(found[0], keypoints) and np.array_equal(found[1], scores)
-    assert found[0].dtype == found[1].dtype == np.float32
+    content = forms_of(keypoints, scores)[form]
+    path.write_bytes(pickle.dumps(content, protocol=protocol))
+    found_keypoints, found_scores = load_pose_file(path)
+    assert np.array_equal(found_keypoints, keypoints)
+    assert np.array_equal(found_scores, scores)
+    assert found_keypoints.dtype == np.float32
+    assert found_scores.dtype == np.float32
+
+
+def short_text(raw):
+    """A text in a pickle of protocol 4 or later: SHORT_BINUNICODE, its length, itself."""
+    return b"\x8c" + bytes([len(raw)]) + raw
 
 
 def renamed(raw, old, new):
-    """A pickle as another numpy writes it: module names in the form of any protocol; frames are
-    optional.
-    """
-    raw = raw[:2] + raw[11:] if raw[2:3] == b"\x95" else raw
+    """A pickle as another numpy writes it: its module's name, in the form of any protocol."""
+    if raw[2:3] == b"\x95":  # FRAME and the frame's length, which changes: frames are optional
+        raw = raw[:2] + raw[11:]
     raw = raw.replace(b"c" + old, b"c" + new)
     for module in (b".multiarray", b".numeric"):
-        a, b = old + module, new + module
-        raw = raw.replace(b"\x8c" + bytes([len(a)]) + a, b"\x8c" + bytes([len(b)]) + b)
+        raw = raw.replace(short_text(old + module), short_text(new + module))
     return raw
 
 
@@ -434,26 +497,20 @@ def renamed(raw, old, new):
 def test_arrays_pickled_by_either_numpy_are_read(tmp_path, protocol, new):
     keypoints, scores = random_clip(4)
     old = b"numpy._core" if hasattr(np, "_core") else b"numpy.core"
-    raw = pickle.dumps(
-        {"keypoints": list(keypoints[:, None]), "scores": scores, "start": np.int64(1)}, protocol
-    )
-    raw = renamed(raw, old, new)
-    assert new + b"." in raw and (old == new or old + b"." not in raw), (
-        "the test's own renaming failed"
-    )
+    content = {"keypoints": list(keypoints[:, None]), "scores": scores, "start": np.int64(1)}
+    raw = renamed(pickle.dumps(content, protocol), old, new)
+    assert new + b"." in raw, "the test's own renaming failed"
+    assert old == new or old + b"." not in raw, "the test's own renaming failed"
     path = tmp_path / "clip.pkl"
     path.write_bytes(raw)
-    found = load_pose_file(path)
-    assert np.array_equal(found[0], keypoints[1:]) and np.array_equal(found[1], scores[1:])
+    assert_reads_as(path, keypoints[1:], scores[1:])
 
 
 def test_npz_is_the_pickle_free_form(tmp_path):
     keypoints, scores = random_clip(5)
-    np.savez_compressed(
-        tmp_path / "clip.npz", keypoints=keypoints[:, None], scores=scores, start=1, end=4
-    )
-    found = load_pose_file(tmp_path / "clip.npz")
-    assert np.array_equal(found[0], keypoints[1:4]) and np.array_equal(found[1], scores[1:4])
+    path = tmp_path / "clip.npz"
+    np.savez_compressed(path, keypoints=keypoints[:, None], scores=scores, start=1, end=4)
+    assert_reads_as(path, keypoints[1:4], scores[1:4])
 
 
 @pytest.mark.parametrize(
@@ -467,47 +524,47 @@ def test_npz_is_the_pickle_free_form(tmp_path):
 )
 def test_start_and_end_cut_the_clip(tmp_path, more, wanted):
     keypoints, scores = random_clip(8)
-    found = load_pose_file(write_pose(tmp_path / "clip.pkl", keypoints, scores, **more))
-    assert np.array_equal(found[0], keypoints[wanted]) and np.array_equal(found[1], scores[wanted])
+    path = write_pose(tmp_path / "clip.pkl", keypoints, scores, **more)
+    assert_reads_as(path, keypoints[wanted], scores[wanted])
 
 
 def test_pixels_are_divided_by_the_size_and_known_by_their_values(tmp_path):
     keypoints, scores = random_clip()
-    size = np.float32([640, 480])
-    pixels = load_pose_file(
-        write_pose(tmp_path / "a.pkl", keypoints * size, scores, w_h=[640, 480])
-    )[0]
-    assert np.allclose(pixels, keypoints, atol=1e-5), "pixels with w_h are divided by it"
-    normal = load_pose_file(write_pose(tmp_path / "b.pkl", keypoints, scores, w_h=[640, 480]))[0]
-    assert np.array_equal(normal, keypoints), (
-        "w_h stands on normalised clips, too: they are left alone"
-    )
-    alone = load_pose_file(write_pose(tmp_path / "c.pkl", keypoints * size, scores))[0]
-    assert np.array_equal(alone, keypoints * size), "pixels without w_h are left to crop_scale"
+    pixels = keypoints * np.float32([640, 480])
+
+    path = write_pose(tmp_path / "a.pkl", pixels, scores, w_h=[640, 480])
+    found, _ = load_pose_file(path)
+    assert np.allclose(found, keypoints, atol=1e-5), "pixels with w_h are divided by it"
+
+    path = write_pose(tmp_path / "b.pkl", keypoints, scores, w_h=[640, 480])
+    found, _ = load_pose_file(path)
+    assert np.array_equal(found, keypoints), "w_h stands on normalised clips, too: left alone"
+
+    path = write_pose(tmp_path / "c.pkl", pixels, scores)
+    found, _ = load_pose_file(path)
+    assert np.array_equal(found, pixels), "pixels without w_h are left to crop_scale"
 
 
 def test_unseen_joints_do_not_decide_whether_a_clip_is_in_pixels(tmp_path):
     keypoints, scores = random_clip()
     scores[:, 11:91] = 0.1
     keypoints[:, 11:91] = 5000  # what a detector writes for a joint that it did not find
-    found = load_pose_file(write_pose(tmp_path / "a.pkl", keypoints, scores, w_h=[640, 480]))[0]
+    found, _ = load_pose_file(write_pose(tmp_path / "a.pkl", keypoints, scores, w_h=[640, 480]))
     assert np.array_equal(found, keypoints)
 
 
-# ------------------------------------------------------------------------- load_pose_file: bad ones
+# ------------------------------------------------------------ load_pose_file: bad ones
 
 
-def _nested(depth):
-    """Two names for each list: a pickle of a few bytes a level, 2 ** depth places once it is
-    walked.
-    """
+def doubling_lists(depth):
+    """Each list holds the next one twice: a few bytes a level, 2 ** depth places to walk over."""
     value = []
     for _ in range(depth):
         value = [value, value]
     return value
 
 
-K, S = random_clip(4)
+K, S = random_clip(4)  # keypoints and scores of a sound clip
 BAD_POSES = {
     "17 joints": {"keypoints": K[:, :17], "scores": S[:, :17]},
     "134 joints": {"keypoints": np.zeros((4, 134, 2)), "scores": np.zeros((4, 134))},
@@ -564,7 +621,10 @@ BAD_BYTES = {
 @pytest.mark.parametrize("name", [*BAD_POSES, *BAD_BYTES])
 def test_a_bad_pose_file_is_refused_by_name(tmp_path, name):
     path = tmp_path / "the_clip.pkl"
-    path.write_bytes(BAD_BYTES[name] if name in BAD_BYTES else pickle.dumps(BAD_POSES[name]))
+    if name in BAD_BYTES:
+        path.write_bytes(BAD_BYTES[name])
+    else:
+        path.write_bytes(pickle.dumps(BAD_POSES[name]))
     with pytest.raises(DataError, match="the_clip.pkl"):
         load_pose_file(path)
 
@@ -580,9 +640,8 @@ def test_a_missing_pose_file_is_an_error_and_never_zeros(tmp_path):
 def test_a_bad_npz_is_refused_by_name(tmp_path):
     np.savez(tmp_path / "whole.npz", keypoints=K, scores=S)
     whole = (tmp_path / "whole.npz").read_bytes()
-    np.savez(
-        tmp_path / "objects.npz", keypoints=np.array([object_with_payload()], object), scores=S
-    )
+    objects = np.array([object_with_payload()], object)
+    np.savez(tmp_path / "objects.npz", keypoints=objects, scores=S)
     np.savez(tmp_path / "joints.npz", keypoints=K[:, :17], scores=S[:, :17])
     np.savez(tmp_path / "alone.npz", keypoints=K)
     for name, raw in (
@@ -599,23 +658,25 @@ def test_a_bad_npz_is_refused_by_name(tmp_path):
 
 def test_a_damaged_pose_file_never_ends_in_another_exception(tmp_path):
     """Cut at many places, or with single bytes changed: read, or refused as data; nothing else."""
-    rng, path, odd = np.random.default_rng(0), tmp_path / "clip.pkl", []
-    short = pickle.dumps(
-        {"keypoints": K[:1], "scores": S[:1], "start": 0, "w_h": [1, 1]}, protocol=4
-    )
+    rng = np.random.default_rng(0)
+    path = tmp_path / "clip.pkl"
+    clip = {"keypoints": K[:1], "scores": S[:1], "start": 0, "w_h": [1, 1]}
+    short = pickle.dumps(clip, protocol=4)
     cases = [GOOD[:cut] for cut in np.linspace(0, len(GOOD) - 1, 60).astype(int)]
     for raw in (GOOD, short):
         for _ in range(300):
             changed = bytearray(raw)
-            changed[rng.integers(len(raw) if rng.random() < 0.2 else 250)] = rng.integers(256)
+            # mostly near the beginning, where the pickle's structure is
+            reach = len(raw) if rng.random() < 0.2 else 250
+            changed[rng.integers(reach)] = rng.integers(256)
             cases.append(bytes(changed))
+    odd = []
     for i, raw in enumerate(cases):
         path.write_bytes(raw)
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore"
-                )  # a changed byte may make it an array of another dtype
+                # a changed byte may make it an array of another dtype
+                warnings.simplefilter("ignore")
                 load_pose_file(path)
         except REFUSED as error:
             if "clip.pkl" not in str(error):
@@ -627,13 +688,18 @@ def test_a_damaged_pose_file_never_ends_in_another_exception(tmp_path):
 
 @pytest.mark.parametrize("where", ["as the frames", "as a later frame", "inside a frame"])
 def test_nested_lists_that_double_at_each_level_are_refused_at_once(tmp_path, where):
-    """200 bytes of file; at 40 levels a walk over it would take days. 27 levels keep a failing test
-    short.
+    """200 bytes of file; at 40 levels a walk over it would take days.
+
+    27 levels keep a failing test short.
     """
-    path, bomb = tmp_path / "bomb.pkl", _nested(27)
-    frames = {"as the frames": bomb, "as a later frame": [K[0], bomb], "inside a frame": [[bomb]]}[
-        where
-    ]
+    path = tmp_path / "bomb.pkl"
+    bomb = doubling_lists(27)
+    keypoints = {
+        "as the frames": bomb,
+        "as a later frame": [K[0], bomb],
+        "inside a frame": [[bomb]],
+    }
+    frames = keypoints[where]
     path.write_bytes(pickle.dumps({"keypoints": frames, "scores": S[: len(frames)]}))
     begun = time.process_time()
     with pytest.raises(DataError, match="bomb.pkl"):
@@ -642,7 +708,7 @@ def test_nested_lists_that_double_at_each_level_are_refused_at_once(tmp_path, wh
     assert seconds < 0.5, f"{path.stat().st_size} bytes took {seconds:.1f} s"
 
 
-# ------------------------------------------------------------------------- untrusted pickles
+# ------------------------------------------------------------ untrusted pickles
 
 
 class Reduces:
@@ -670,22 +736,34 @@ def object_with_payload(command="true"):
 
 
 def call(name, *arguments):
-    """A pickle, by hand, that calls a global which Python's own pickler might not name so."""
+    """A pickle, written by hand, that calls a global which pickle.dumps might not name so."""
+    return b"\x80\x02" + pickled_global(name) + pickled(arguments) + b"R."
+
+
+def pickled_global(name):
+    """GLOBAL: a function or class by its module and name."""
     module, _, function = name.rpartition(".")
-    return (
-        b"\x80\x02c" + f"{module}\n{function}\n".encode() + pickle.dumps(arguments, 2)[2:-1] + b"R."
-    )
+    return f"c{module}\n{function}\n".encode()
 
 
-def _text(value):
-    return b"X" + len(value.encode()).to_bytes(4, "little") + value.encode()
+def pickled_text(value):
+    """BINUNICODE: a text."""
+    raw = value.encode()
+    return b"X" + len(raw).to_bytes(4, "little") + raw
+
+
+def pickled(value):
+    """What protocol 2 writes for a value, without the pickle's first two bytes and its end."""
+    return pickle.dumps(value, 2)[2:-1]
 
 
 def attacks(marker):
-    """{what: (pickle that would create the file `marker`, the global it is refused for)}."""
-    command, python = f"touch {marker}", f"open({str(marker)!r}, 'w').close()"
-    system, evil = f"{os.system.__module__}.system", object_with_payload(f"touch {marker}")
-    posix = os.system.__module__.encode()
+    """{what: (pickle that would create the file `marker`, the global it must be refused for)}."""
+    command = f"touch {marker}"
+    python = f"open({str(marker)!r}, 'w').close()"
+    evil = object_with_payload(command)
+    os_module = os.system.__module__  # "posix" or "nt"
+    system = f"{os_module}.system"
     array = np.zeros(2, np.float32).__reduce__()
     found = {f"os.system, protocol {p}": (pickle.dumps(evil, p), system) for p in range(6)}
     found |= {
@@ -709,27 +787,27 @@ def attacks(marker):
             "builtins.getattr",
         ),
         "dotted name": (
-            b"\x80\x04" + _text("numpy") + _text("ndarray.tofile") + b"\x93.",
+            b"\x80\x04" + pickled_text("numpy") + pickled_text("ndarray.tofile") + b"\x93.",
             "numpy.ndarray.tofile",
         ),
         "dotted name of a container": (
-            b"\x80\x04" + _text("builtins") + _text("bytearray.__class__") + b"\x93.",
+            b"\x80\x04" + pickled_text("builtins") + pickled_text("bytearray.__class__") + b"\x93.",
             "builtins.bytearray.__class__",
         ),
         "name from the memo": (
             b"\x80\x04"
-            + _text(posix.decode())
+            + pickled_text(os_module)
             + b"q\x000"
-            + _text("system")
+            + pickled_text("system")
             + b"q\x010h\x00h\x01\x93"
-            + _text(command)
+            + pickled_text(command)
             + b"\x85R.",
             system,
         ),
-        "INST": (b"(S'" + command.encode() + b"'\ni" + posix + b"\nsystem\n.", system),
-        "OBJ": (b"(c" + posix + b"\nsystem\nS'" + command.encode() + b"'\no.", system),
+        "INST": (f"(S'{command}'\ni{os_module}\nsystem\n.".encode(), system),
+        "OBJ": (f"(c{os_module}\nsystem\nS'{command}'\no.".encode(), system),
         "NEWOBJ": (
-            b"\x80\x02csubprocess\nPopen\n" + _text(command) + b"\x85\x81.",
+            b"\x80\x02" + pickled_global("subprocess.Popen") + pickled_text(command) + b"\x85\x81.",
             "subprocess.Popen",
         ),
         "operator": (call("operator.attrgetter", "system"), "operator.attrgetter"),
@@ -781,16 +859,16 @@ ATTACKS = list(attacks(Path("x")))
 def test_a_pickle_that_runs_code_is_refused_by_name_and_runs_nothing(tmp_path, name):
     marker = tmp_path / "executed"
     raw, wanted = attacks(marker)[name]
-    pose, labels = tmp_path / "the_clip.pkl", tmp_path / "labels.train"
+    pose = tmp_path / "the_clip.pkl"
     pose.write_bytes(raw)
+    labels = tmp_path / "labels.train"
     labels.write_bytes(gzip.compress(raw))
     for path, load in ((pose, load_pose_file), (labels, load_dataset_file)):
         with pytest.raises(pickle.UnpicklingError) as caught:
             load(path)
         assert not marker.exists(), f"{path.name}: the payload ran"
-        assert path.name in str(caught.value) and wanted in str(caught.value), (
-            f"{wanted}: {caught.value}"
-        )
+        assert path.name in str(caught.value)
+        assert wanted in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -800,55 +878,57 @@ def test_a_pickle_that_runs_code_is_refused_by_name_and_runs_nothing(tmp_path, n
 def test_the_attacks_are_live(tmp_path, name):
     """Else the test above could not fail: Python's own unpickler runs them."""
     marker = tmp_path / "executed"
-    pickle.loads(attacks(marker)[name][0])
+    raw, _ = attacks(marker)[name]
+    pickle.loads(raw)
     assert marker.exists()
 
 
 def test_the_data_set_never_runs_a_clip_s_code(tmp_path):
     """By the real way in: a downloaded corpus with one rigged pose among good ones."""
-    marker, label = (
-        tmp_path / "executed",
-        write_corpus(tmp_path, {f"c{i}": random_clip(seed=i) for i in range(3)}),
-    )
-    (tmp_path / "pose_format" / "c1.pkl").write_bytes(attacks(marker)["os.system, protocol 4"][0])
+    labels = write_corpus(tmp_path, {f"c{i}": random_clip(seed=i) for i in range(3)})
+    marker = tmp_path / "executed"
+    raw, _ = attacks(marker)["os.system, protocol 4"]
+    rigged = tmp_path / "pose_format" / "c1.pkl"
+    rigged.write_bytes(raw)
     with pytest.raises(REFUSED, match="c1.*system"):
-        SignLanguageDataset(label, scratch_config(), "train")
+        SignLanguageDataset(labels, scratch_config(), "train")
     with pytest.raises(pickle.UnpicklingError, match="system"):
-        read_clip(tmp_path / "pose_format" / "c1.pkl", scratch_config())
+        read_clip(rigged, scratch_config())
     assert not marker.exists()
-
-
-def _global(name):
-    module, _, function = name.rpartition(".")
-    return f"c{module}\n{function}\n".encode()
 
 
 # (1,), dtype("O"), eight bytes
 POINTERS = (
     b"(K\x01\x85"
-    + _global("numpy.dtype")
-    + _text("O8")
+    + pickled_global("numpy.dtype")
+    + pickled_text("O8")
     + b"\x85R"
-    + _global("_codecs.encode")
-    + _text("\0" * 8)
-    + _text("latin1")
+    + pickled_global("_codecs.encode")
+    + pickled_text("\0" * 8)
+    + pickled_text("latin1")
     + b"\x86Rt"
 )
 MEMORY = {
-    "an array of objects over raw bytes": _global("numpy.ndarray") + POINTERS + b"R",
-    "the same through the class's __new__": _global("numpy.ndarray") + POINTERS + b"\x81",
-    "a record whose dtype hides an object": pickle.dumps(np.zeros(1, [("a", "O")]), 2)[2:-1],
+    "an array of objects over raw bytes": pickled_global("numpy.ndarray") + POINTERS + b"R",
+    "the same through the class's __new__": pickled_global("numpy.ndarray") + POINTERS + b"\x81",
+    "a record whose dtype hides an object": pickled(np.zeros(1, [("a", "O")])),
 }
 
 
 @pytest.mark.parametrize("name", MEMORY)
 def test_no_pickle_makes_objects_of_raw_bytes(tmp_path, name):
-    """numpy takes such bytes for pointers: whoever writes the file chooses the address. (Null:
-    harmless.)
+    """numpy takes such bytes for pointers: whoever writes the file chooses the address.
+
+    Here it is null, which is harmless.
     """
     path = tmp_path / "the_clip.pkl"
     path.write_bytes(
-        b"\x80\x02}" + _text("keypoints") + MEMORY[name] + b"s" + _text("scores") + b"Ns."
+        b"\x80\x02}"
+        + pickled_text("keypoints")
+        + MEMORY[name]
+        + b"s"
+        + pickled_text("scores")
+        + b"Ns."
     )
     with pytest.raises(pickle.UnpicklingError, match="the_clip.pkl"):
         load_pose_file(path)
@@ -863,38 +943,38 @@ def test_bytes_of_another_encoding_are_refused_by_name(tmp_path):
 @pytest.mark.parametrize("put", [b"r\xff\xff\xff\xff", b"p4294967295\n", b"r\0\0\0\1"])
 def test_a_place_in_the_memo_that_nothing_can_have_filled_is_refused(tmp_path, put):
     """Python would make a table up to it, of 64 GB."""
-    (tmp_path / "clip.pkl").write_bytes(b"\x80\4}" + put + b".")
+    raw = b"\x80\4}" + put + b"."
+    (tmp_path / "clip.pkl").write_bytes(raw)
     with pytest.raises(pickle.UnpicklingError, match="clip.pkl.*memo"):
         load_pose_file(tmp_path / "clip.pkl")
-    (tmp_path / "labels.train").write_bytes(gzip.compress(b"\x80\4}" + put + b"."))
+    (tmp_path / "labels.train").write_bytes(gzip.compress(raw))
     with pytest.raises(pickle.UnpicklingError, match="labels.train.*memo"):
         load_dataset_file(tmp_path / "labels.train")
 
 
 def test_a_pickle_cannot_change_the_functions_that_it_may_call(tmp_path, monkeypatch):
-    """BUILD with a pair of dicts sets attributes of whatever is on the stack, a function of ours
-    included.
-    """
-    state = pickle.dumps((None, {"__defaults__": ("rot13",)}), 2)[2:-1]
-    (tmp_path / "a.pkl").write_bytes(b"\x80\x02" + _global("_codecs.encode") + state + b"b.")
+    """BUILD with a pair of dicts sets attributes of what is on the stack, functions included."""
+    state = pickled((None, {"__defaults__": ("rot13",)}))
+    (tmp_path / "a.pkl").write_bytes(b"\x80\x02" + pickled_global("_codecs.encode") + state + b"b.")
     numeric = np._core.numeric if hasattr(np, "_core") else np.core.numeric
     (tmp_path / "b.pkl").write_bytes(
-        b"\x80\x02" + _global("numpy.core.numeric._frombuffer") + state + b"b."
+        b"\x80\x02" + pickled_global("numpy.core.numeric._frombuffer") + state + b"b."
     )
-    before = codecs.encode("é", "latin1"), numeric._frombuffer.__defaults__
-    monkeypatch.setattr(
-        numeric._frombuffer, "__defaults__", before[1]
-    )  # put back if this test fails
+    encoded = codecs.encode("é", "latin1")
+    defaults = numeric._frombuffer.__defaults__
+    # put back if this test fails
+    monkeypatch.setattr(numeric._frombuffer, "__defaults__", defaults)
     for name in ("a.pkl", "b.pkl"):
         with pytest.raises(REFUSED):
             load_pose_file(tmp_path / name)
-    assert before == (codecs.encode("é", "latin1"), numeric._frombuffer.__defaults__)
+    assert codecs.encode("é", "latin1") == encoded
+    assert numeric._frombuffer.__defaults__ == defaults
     path = tmp_path / "c.pkl"
     path.write_bytes(pickle.dumps({"keypoints": K, "scores": S}, 2))
     assert np.array_equal(load_pose_file(path)[0], K), "the next file is read as ever"
 
 
-# ------------------------------------------------------------------------- labels
+# ------------------------------------------------------------ labels
 
 
 @pytest.mark.parametrize("split, count", [("train", 18401), ("dev", 1077), ("test", 1176)])
@@ -902,45 +982,45 @@ def test_the_real_csl_daily_labels_are_read(split, count):
     entries = load_dataset_file(shared("csl_daily_labels") / f"labels.{split}")
     assert len(entries) == count
     for key, value in entries.items():
-        assert (
-            value["name"]
-            and value["text"].strip()
-            and isinstance(value["gloss"], list)
-            and value["pose"]
-        ), f"{key}: {value}"
+        assert value["name"], f"{key}: {value}"
+        assert value["text"].strip(), f"{key}: {value}"
+        assert isinstance(value["gloss"], list), f"{key}: {value}"
+        assert value["pose"], f"{key}: {value}"
 
 
 def test_the_real_csl_news_labels_are_read_and_find_their_clip():
     folder = shared("csl_news")
     entries = load_dataset_file(folder / "labels.json")
     (value,) = entries.values()
-    assert value["pose"] == "Common-Concerns_20200730_0-87_468436.pkl" and value["text"]
+    assert value["pose"] == "Common-Concerns_20200730_0-87_468436.pkl"
+    assert value["text"]
     assert value["gloss"] == []
     dataset = SignLanguageDataset(folder / "labels.json", scratch_config(language="zh"), "dev")
     assert dataset[0][1]["body"].shape == (87, 9, 3)
 
 
 def test_both_label_formats_give_the_same_entries(tmp_path):
-    entries = {f"c{i}": entry(f"c{i}", pose=f"c{i}.pkl") for i in range(3)}
-    a = load_dataset_file(write_labels(tmp_path / "labels.train", entries))
+    entries = {}
+    rows = []
+    for name in ("c0", "c1", "c2"):
+        entries[name] = entry(name, pose=f"{name}.pkl")
+        rows.append(
+            {
+                "video": f"{name}.mp4",
+                "pose": f"{name}.pkl",
+                "text": "今天我买书。",
+                "gloss": "今天 我 书 买",
+            }
+        )
+    write_labels(tmp_path / "labels.train", entries)
     (tmp_path / "labels.json").write_text(json.dumps(entries, ensure_ascii=False), encoding="utf-8")
-    b = load_dataset_file(tmp_path / "labels.json")
-    (tmp_path / "list.json").write_text(
-        json.dumps(
-            [
-                {
-                    "video": f"c{i}.mp4",
-                    "pose": f"c{i}.pkl",
-                    "text": "今天我买书。",
-                    "gloss": "今天 我 书 买",
-                }
-                for i in range(3)
-            ]
-        ),
-        encoding="utf-8",
-    )
-    c = load_dataset_file(tmp_path / "list.json")
-    assert a == b == c and a["c0"]["gloss"] == ["今天", "我", "书", "买"], f"{a}\n{b}\n{c}"
+    (tmp_path / "list.json").write_text(json.dumps(rows), encoding="utf-8")
+    pickled_dict = load_dataset_file(tmp_path / "labels.train")
+    json_dict = load_dataset_file(tmp_path / "labels.json")
+    json_list = load_dataset_file(tmp_path / "list.json")
+    assert pickled_dict == json_dict
+    assert pickled_dict == json_list
+    assert pickled_dict["c0"]["gloss"] == ["今天", "我", "书", "买"]
 
 
 def test_clips_of_one_video_stay_apart(tmp_path):
@@ -1000,11 +1080,10 @@ BAD_LABELS = {
 def test_bad_labels_are_refused_by_name(tmp_path, name):
     content = BAD_LABELS[name]
     path = tmp_path / "labels.train"
-    raws = (
-        [content]
-        if isinstance(content, bytes)
-        else [gzip.compress(pickle.dumps(content)), json.dumps(content).encode()]
-    )
+    if isinstance(content, bytes):
+        raws = [content]
+    else:
+        raws = [gzip.compress(pickle.dumps(content)), json.dumps(content).encode()]
     for raw in raws:
         path.write_bytes(raw)
         with pytest.raises(DataError, match="labels.train"):
@@ -1027,7 +1106,7 @@ def test_a_bad_entry_is_named(tmp_path):
         load_dataset_file(path)
 
 
-# ------------------------------------------------------------------------- the data set
+# ------------------------------------------------------------ the data set
 
 BAD_CLIPS = {
     "zeros": (np.zeros_like(K), np.zeros_like(S)),
@@ -1041,7 +1120,10 @@ BAD_CLIPS = {
 
 @pytest.fixture
 def mixed(tmp_path):
-    """A corpus with three good clips, the bad ones above, a missing, an empty, a half file."""
+    """A label file of three good clips and of bad ones, and the bad ones' names.
+
+    The bad ones are those above, a missing, an empty and a truncated file.
+    """
     good = {f"good{i}": random_clip(8 + i, seed=i) for i in range(3)}
     label = write_corpus(tmp_path / "data", good | BAD_CLIPS)
     names = [*good, *BAD_CLIPS, "missing", "empty", "half"]
@@ -1055,11 +1137,11 @@ def test_bad_clips_stop_the_run_before_its_first_step_and_are_named(mixed):
     label, bad = mixed
     with pytest.raises(DataError) as caught:
         SignLanguageDataset(label, scratch_config(), "train")
-    named = [name for name in bad if name in str(caught.value)]
-    assert len(named) >= 5 and str(len(bad)) in str(caught.value), (
-        f"{len(named)} of {len(bad)} named: {caught.value}"
-    )
-    assert "good" not in str(caught.value)
+    message = str(caught.value)
+    named = [name for name in bad if name in message]
+    assert len(named) >= 5, f"{len(named)} of {len(bad)} named: {message}"
+    assert str(len(bad)) in message
+    assert "good" not in message
 
 
 def test_bad_clips_are_left_out_and_listed_where_that_is_asked_for(mixed, tmp_path, capsys):
@@ -1067,48 +1149,54 @@ def test_bad_clips_are_left_out_and_listed_where_that_is_asked_for(mixed, tmp_pa
     label, bad = mixed
     config = scratch_config(on_bad_clip="skip", output_dir=str(tmp_path / "run"))
     dataset = SignLanguageDataset(label, config, "train")
-    assert [e["name"] for e in dataset.entries] == ["good0", "good1", "good2"] and len(dataset) == 3
+    assert names_of(dataset) == ["good0", "good1", "good2"]
+    assert len(dataset) == 3
     assert [dataset[i][0] for i in range(3)] == ["good0", "good1", "good2"]
     assert all(dataset[i][1]["body"].any() for i in range(3))
     listed = (tmp_path / "run" / "bad_clips.txt").read_text(encoding="utf-8")
-    assert all(name in listed for name in bad) and "good" not in listed, listed
+    assert all(name in listed for name in bad), listed
+    assert "good" not in listed, listed
     assert str(len(bad)) in capsys.readouterr().out
 
 
 def test_nothing_but_bad_clips_is_an_error_even_where_they_are_skipped(tmp_path):
     label = write_corpus(tmp_path / "data", {"zeros": BAD_CLIPS["zeros"]})
+    config = scratch_config(on_bad_clip="skip", output_dir=str(tmp_path / "run"))
     with pytest.raises(DataError, match="zeros"):
-        SignLanguageDataset(
-            label, scratch_config(on_bad_clip="skip", output_dir=str(tmp_path / "run")), "train"
-        )
+        SignLanguageDataset(label, config, "train")
 
 
 def test_one_unseen_joint_is_no_bad_clip(tmp_path):
     keypoints, scores = random_clip()
-    keypoints[3, 5], keypoints[4, 92], scores[5, 9] = NAN, INF, NAN
-    dataset = SignLanguageDataset(
-        write_corpus(tmp_path, {"a": (keypoints, scores)}), scratch_config(), "train"
-    )
+    keypoints[3, 5] = NAN
+    keypoints[4, 92] = INF
+    scores[5, 9] = NAN
+    label = write_corpus(tmp_path, {"a": (keypoints, scores)})
+    dataset = SignLanguageDataset(label, scratch_config(), "train")
     assert len(dataset) == 1
 
 
 def test_the_files_are_read_once_and_again_only_where_they_changed(tmp_path, monkeypatch):
     label = write_corpus(tmp_path / "data", {f"c{i}": random_clip(8 + i, seed=i) for i in range(4)})
-    config, read = scratch_config(output_dir=str(tmp_path / "run")), []
-    inspect = datasets_lite.inspect_clip
-    monkeypatch.setattr(
-        datasets_lite, "inspect_clip", lambda path: (read.append(Path(path).stem), inspect(path))[1]
-    )
+    config = scratch_config(output_dir=str(tmp_path / "run"))
+    inspect_clip = datasets_lite.inspect_clip
+    read = []
+
+    def noted_and_inspected(path):
+        read.append(Path(path).stem)
+        return inspect_clip(path)
+
+    monkeypatch.setattr(datasets_lite, "inspect_clip", noted_and_inspected)
     first = SignLanguageDataset(label, config, "train")
     assert sorted(read) == ["c0", "c1", "c2", "c3"]
     read.clear()
     second = SignLanguageDataset(label, config, "train")
-    assert read == [] and second.lengths == first.lengths == [8, 9, 10, 11]
+    assert read == []
+    assert second.lengths == first.lengths == [8, 9, 10, 11]
     write_pose(tmp_path / "data" / "pose_format" / "c2.pkl", *random_clip(20))
     third = SignLanguageDataset(label, config, "train")
-    assert read == ["c2"] and third.lengths == [8, 9, 20, 11], (
-        f"read {read}, lengths {third.lengths}"
-    )
+    assert read == ["c2"]
+    assert third.lengths == [8, 9, 20, 11]
     same = tmp_path / "data" / "pose_format" / "c1.pkl"
     # the same size, another time of change
     os.utime(same, ns=(same.stat().st_atime_ns, same.stat().st_mtime_ns + 5))
@@ -1120,10 +1208,10 @@ def test_the_files_are_read_once_and_again_only_where_they_changed(tmp_path, mon
 def test_a_bad_clip_stays_bad_when_the_findings_are_reused(mixed, tmp_path):
     label, bad = mixed
     config = scratch_config(on_bad_clip="skip", output_dir=str(tmp_path / "run"))
-    first, second = (SignLanguageDataset(label, config, "train") for _ in range(2))
-    assert [e["name"] for e in first.entries] == [e["name"] for e in second.entries] and len(
-        second
-    ) == 3
+    first = SignLanguageDataset(label, config, "train")
+    second = SignLanguageDataset(label, config, "train")
+    assert names_of(first) == names_of(second)
+    assert len(second) == 3
     strict = scratch_config(output_dir=str(tmp_path / "run"))
     with pytest.raises(DataError, match="zeros"):
         SignLanguageDataset(label, strict, "train")
@@ -1144,32 +1232,29 @@ def test_half_a_cache_is_only_lost_time(tmp_path):
 @pytest.mark.parametrize("field", ["pose", "name"])
 def test_a_pose_outside_of_pose_format_is_never_read(tmp_path, pose, field, monkeypatch):
     secret = write_pose(tmp_path / "data" / "secret.pkl", *random_clip())
-    pose = str(secret) if pose == "ABSOLUTE" else pose
-    pose = pose.removesuffix(".pkl") if field == "name" else pose
+    if pose == "ABSOLUTE":
+        pose = str(secret)
+    if field == "name":
+        rigged = {"name": pose.removesuffix(".pkl"), "text": "x"}
+    else:
+        rigged = {"name": "rigged", "text": "x", "pose": pose}
     write_corpus(tmp_path / "data", {"good": random_clip()})
-    rigged = (
-        {"name": pose, "text": "x"}
-        if field == "name"
-        else {"name": "rigged", "text": "x", "pose": pose}
-    )
     label = write_labels(
         tmp_path / "data" / "labels.train", {"good": entry("good"), "rigged": rigged}
     )
-    read, load = [], datasets_lite.load_pose_file
-    monkeypatch.setattr(
-        datasets_lite,
-        "load_pose_file",
-        lambda path: (read.append(Path(path).resolve()), load(path))[1],
-    )
+    read = []
+
+    def noted_and_loaded(path):
+        read.append(Path(path).resolve())
+        return load_pose_file(path)
+
+    monkeypatch.setattr(datasets_lite, "load_pose_file", noted_and_loaded)
     with pytest.raises(DataError, match="rigged|secret|passwd"):
         SignLanguageDataset(label, scratch_config(), "train")
-    kept = SignLanguageDataset(
-        label, scratch_config(on_bad_clip="skip", output_dir=str(tmp_path / "run")), "train"
-    )
-    assert [e["name"] for e in kept.entries] == ["good"]
-    outside = [
-        path for path in read if (tmp_path / "data" / "pose_format").resolve() not in path.parents
-    ]
+    lenient = scratch_config(on_bad_clip="skip", output_dir=str(tmp_path / "run"))
+    assert names_of(SignLanguageDataset(label, lenient, "train")) == ["good"]
+    allowed = (tmp_path / "data" / "pose_format").resolve()
+    outside = [path for path in read if allowed not in path.parents]
     assert not outside, f"read {outside}"
 
 
@@ -1201,7 +1286,8 @@ def test_the_pose_is_found_by_its_entry_then_by_name_pkl_then_by_name_npz(tmp_pa
 
 def test_an_item_is_name_pose_text_gloss(clips):
     name, pose, text, gloss = clips[3]
-    assert name == clips.entries[3]["name"] and text == clips.entries[3]["text"]
+    assert name == clips.entries[3]["name"]
+    assert text == clips.entries[3]["text"]
     assert gloss == clips.entries[3]["gloss"]
     frames = clips.lengths[3]
     assert {part: tuple(pose[part].shape) for part in pose} == {
@@ -1221,17 +1307,14 @@ def test_a_batch_is_padded_with_zeros_at_its_end_and_the_mask_says_where(clips):
     assert src_input["left"].shape == (3, max(lengths), 21, 3)
     assert src_input["src_length"].tolist() == lengths
     assert src_input["attention_mask"].sum(1).tolist() == lengths
-    for i, (item, length) in enumerate(zip(items, lengths)):
-        assert src_input["attention_mask"][i].tolist() == [1] * length + [0] * (
-            max(lengths) - length
-        )
+    for row, (_, pose, _, _) in enumerate(items):
+        length = lengths[row]
+        mask = [1] * length + [0] * (max(lengths) - length)
+        assert src_input["attention_mask"][row].tolist() == mask
         for part in ("body", "left", "right"):
-            assert torch.equal(src_input[part][i, :length], item[1][part]), (
-                "a clip goes into the batch as it is"
-            )
-            assert not src_input[part][i, length:].any(), (
-                "what follows is zero, not the last frame again"
-            )
+            padded = src_input[part][row]
+            assert torch.equal(padded[:length], pose[part]), "a clip goes into the batch as it is"
+            assert not padded[length:].any(), "what follows is zero, not the last frame again"
     assert src_input["names"] == [item[0] for item in items]
     assert tgt_input == {
         "gt_sentence": [item[2] for item in items],
@@ -1243,40 +1326,44 @@ def test_the_loader_tokenises_where_it_is_told_how(demo):
     dataset = SignLanguageDataset(demo / "labels.dev", scratch_config(), "dev")
     dataset.encode = lambda texts: torch.tensor([[len(text)] for text in texts])
     _, tgt_input = dataset.collate_fn([dataset[0], dataset[1]])
-    assert tgt_input["labels"].flatten().tolist() == [
-        len(text) for text in tgt_input["gt_sentence"]
-    ]
+    wanted = [len(text) for text in tgt_input["gt_sentence"]]
+    assert tgt_input["labels"].flatten().tolist() == wanted
 
 
-# ------------------------------------------------------------------------- frames
+# ------------------------------------------------------------ frames
 
 
 @pytest.mark.parametrize("phase, augment", [("train", False), ("train", True), ("dev", False)])
 def test_a_clip_with_few_usable_frames_never_stops_a_run_later(tmp_path, phase, augment):
-    """What the check before the first step lets through must be usable whichever frames an epoch
-    draws.
-    """
+    """What the check before the first step lets through is usable, whichever frames are drawn."""
     keypoints, scores = random_clip(40)
-    scores[:17], scores[18:] = 0, 0  # the body is seen in one frame of 40
+    scores[:17] = 0
+    scores[18:] = 0  # the body is seen in one frame of 40
     label = write_corpus(tmp_path, {"a": (keypoints, scores)})
-    dataset = SignLanguageDataset(label, scratch_config(max_length=8, augment=augment), phase)
-    roomy = SignLanguageDataset(label, scratch_config(augment=augment, ctc_weight=0.5), phase)
-    need = roomy.config.temporal_stride * datasets_lite.ctc_positions(roomy.entries[0]["gloss"])
+    sampled = SignLanguageDataset(label, scratch_config(max_length=8, augment=augment), phase)
+    whole = SignLanguageDataset(label, scratch_config(augment=augment, ctc_weight=0.5), phase)
+    positions = datasets_lite.ctc_positions(whole.entries[0]["gloss"])
+    needed = whole.config.temporal_stride * positions
     for epoch in range(30):
-        roomy.begin_epoch(epoch)
-        assert len(roomy[0][1]["body"]) >= need, f"epoch {epoch}: too few frames for CTC"
-        dataset.begin_epoch(epoch)
-        assert dataset[0][1]["body"].any(), f"epoch {epoch}"
+        whole.begin_epoch(epoch)
+        assert len(body_of(whole, 0)) >= needed, f"epoch {epoch}: too few frames for CTC"
+        sampled.begin_epoch(epoch)
+        assert body_of(sampled, 0).any(), f"epoch {epoch}"
+
+
+def body_of(dataset, index):
+    """The body of a clip as the data set gives it now."""
+    _, pose, _, _ = dataset[index]
+    return pose["body"]
 
 
 def ramp(frames):
     """A clip whose left wrist goes steadily to the right: its x tells the frame."""
-    keypoints, scores = (
-        np.tile(random_clip(1)[0], (frames, 1, 1)),
-        np.full((frames, 133), 0.9, np.float32),
-    )
+    one_frame, _ = random_clip(1)
+    keypoints = np.tile(one_frame, (frames, 1, 1))
     keypoints[:, BODY] = np.linspace(0.2, 0.8, 9)[:, None]
     keypoints[:, 9, 0] = np.linspace(0.2, 0.8, frames)
+    scores = np.full((frames, 133), 0.9, np.float32)
     return keypoints.astype(np.float32), scores
 
 
@@ -1285,49 +1372,64 @@ def test_a_long_clip_is_sampled_over_its_whole_length(tmp_path, phase):
     """The original kept the first of random frames: what is cut off at the end is never seen."""
     label = write_corpus(tmp_path, {"long": ramp(100), "short": ramp(10)})
     dataset = SignLanguageDataset(label, scratch_config(max_length=10), phase)
-    place = dataset[0][1]["body"][:, BODY.index(9), 0]
-    frames = ((place + 1) / 2 * 99).round()  # of the ramp's 100
-    assert dataset.lengths == [10, 10] and len(place) == 10
+    wrist = body_of(dataset, 0)[:, BODY.index(9), 0]
+    frames = ((wrist + 1) / 2 * 99).round()  # of the ramp's 100
+    assert dataset.lengths == [10, 10]
+    assert len(wrist) == 10
     assert (frames.diff() > 0).all(), f"in order: {frames.tolist()}"
-    assert all(10 * i - 6 <= frame <= 10 * i + 16 for i, frame in enumerate(frames.tolist())), (
-        f"one a step: {frames.tolist()}"
-    )
-    assert len(dataset[1][1]["body"]) == 10
-    assert torch.equal(dataset[1][1]["body"], load_part_kp(*ramp(10))["body"])
+    for step, frame in enumerate(frames.tolist()):
+        assert 10 * step - 6 <= frame <= 10 * step + 16, f"one a step: {frames.tolist()}"
+    short = body_of(dataset, 1)
+    assert len(short) == 10
+    assert torch.equal(short, load_part_kp(*ramp(10))["body"])
 
 
 def test_training_draws_other_frames_each_epoch_and_evaluation_never(tmp_path):
-    label, drawn = write_corpus(tmp_path, {"long": ramp(100)}), {}
-    for phase in ("train", "dev"):
-        dataset = SignLanguageDataset(label, scratch_config(max_length=10), phase)
-        for epoch in (0, 1, 0):
-            dataset.begin_epoch(epoch)
-            drawn.setdefault((phase, epoch), []).append(dataset[0][1]["body"])
-    assert torch.equal(*drawn["train", 0]), "the same epoch draws the same, in whatever process"
-    assert not torch.equal(drawn["train", 0][0], drawn["train", 1][0])
-    assert torch.equal(drawn["dev", 0][0], drawn["dev", 1][0])
+    label = write_corpus(tmp_path, {"long": ramp(100)})
+
+    def drawn(dataset, epoch):
+        dataset.begin_epoch(epoch)
+        return body_of(dataset, 0)
+
+    train = SignLanguageDataset(label, scratch_config(max_length=10), "train")
+    first = drawn(train, epoch=0)
+    second = drawn(train, epoch=1)
+    again = drawn(train, epoch=0)
+    assert torch.equal(first, again), "the same epoch draws the same, in whatever process"
+    assert not torch.equal(first, second)
+
+    dev = SignLanguageDataset(label, scratch_config(max_length=10), "dev")
+    assert torch.equal(drawn(dev, epoch=0), drawn(dev, epoch=1))
 
 
 def test_augmentation_varies_training_clips_only(tmp_path):
     label = write_corpus(tmp_path, {"a": random_clip(30)})
     plain = load_part_kp(*random_clip(30))["body"]
-    train, dev = (
-        SignLanguageDataset(label, scratch_config(augment=True), phase)
-        for phase in ("train", "dev")
-    )
-    assert torch.equal(dev[0][1]["body"], plain)
-    first, again = train[0][1]["body"], train[0][1]["body"]
+    train = SignLanguageDataset(label, scratch_config(augment=True), "train")
+    dev = SignLanguageDataset(label, scratch_config(augment=True), "dev")
+    assert torch.equal(body_of(dev, 0), plain)
+    first = body_of(train, 0)
+    again = body_of(train, 0)
     train.begin_epoch(1)
-    other = train[0][1]["body"]
-    assert torch.equal(first, again) and not (
-        first.shape == other.shape and torch.equal(first, other)
-    )
-    assert not finite_and_bounded(train[0][1])
+    other = body_of(train, 0)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    _, pose, _, _ = train[0]
+    assert_finite_and_bounded(pose)
 
 
-# ------------------------------------------------------------------------- batches by length
+# ------------------------------------------------------------ batches by length
 
 LENGTHS = np.random.default_rng(0).integers(20, 300, 203)
+
+
+def counted_clips(plan):
+    """The clips of a sampler's plan, without batches that only fill up a process's share."""
+    clips = []
+    for _, batch, counts in plan:
+        if counts:
+            clips += batch
+    return clips
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
@@ -1336,7 +1438,8 @@ LENGTHS = np.random.default_rng(0).integers(20, 300, 203)
     [(32, 1, 1), (2, 16, 1), (16, 1, 2), (3, 5, 2), (500, 1, 1), (7, 2, 3)],
 )
 def test_every_clip_comes_exactly_once_an_epoch(size, accumulation, world, shuffle):
-    clips, batches = [], []
+    clips = []
+    batches = []
     for rank in range(world):
         sampler = LengthBatchSampler(LENGTHS, size, shuffle, 3, accumulation, rank, world)
         sampler.epoch = 2
@@ -1344,7 +1447,7 @@ def test_every_clip_comes_exactly_once_an_epoch(size, accumulation, world, shuff
         assert len(list(sampler)) == len(plan) == len(sampler), (
             f"{len(list(sampler))} batches, len() says {len(sampler)}"
         )
-        clips += [clip for _, batch, counts in plan if counts for clip in batch]
+        clips += counted_clips(plan)
         batches.append(len(plan))
         assert all(1 <= len(batch) <= size for _, batch, _ in plan)
     assert sorted(clips) == list(range(len(LENGTHS))), (
@@ -1362,7 +1465,8 @@ def test_the_order_follows_from_seed_and_epoch_alone():
         return list(sampler)
 
     assert order(1, 0) == order(1, 0)
-    assert order(1, 0) != order(1, 1) and order(1, 0) != order(2, 0)
+    assert order(1, 0) != order(1, 1)
+    assert order(1, 0) != order(2, 0)
 
 
 def steps(size, accumulation, world, epoch=0):
@@ -1372,16 +1476,13 @@ def steps(size, accumulation, world, epoch=0):
         sampler = LengthBatchSampler(LENGTHS, size, True, 5, accumulation, rank, world)
         sampler.epoch = epoch
         plans.append(sampler.plan())
-    return [
-        sorted(
-            clip
-            for plan in plans
-            for _, batch, counts in plan[i : i + accumulation]
-            if counts
-            for clip in batch
-        )
-        for i in range(0, len(plans[0]), accumulation)
-    ]
+    clips_by_step = []
+    for begin in range(0, len(plans[0]), accumulation):
+        clips = []
+        for plan in plans:
+            clips += counted_clips(plan[begin : begin + accumulation])
+        clips_by_step.append(sorted(clips))
+    return clips_by_step
 
 
 @pytest.mark.parametrize(
@@ -1390,11 +1491,10 @@ def steps(size, accumulation, world, epoch=0):
 )
 def test_a_step_s_clips_do_not_depend_on_how_the_window_is_divided(size, accumulation, world):
     for epoch in range(3):
-        whole, divided = steps(32, 1, 1, epoch), steps(size, accumulation, world, epoch)
-        assert whole == divided, (
-            f"epoch {epoch}: {sum(a != b for a, b in zip(whole, divided))} of {len(whole)} steps"
-        )
-        assert [len(step) for step in whole[:-1]] == [32] * 6 and len(whole[-1]) == 203 - 6 * 32
+        whole = steps(32, 1, 1, epoch)
+        divided = steps(size, accumulation, world, epoch)
+        assert whole == divided, f"epoch {epoch}"
+        assert [len(step) for step in whole] == [32] * 6 + [203 - 6 * 32]
 
 
 def test_an_interrupted_epoch_goes_on_with_the_batch_that_is_next():
@@ -1405,15 +1505,15 @@ def test_an_interrupted_epoch_goes_on_with_the_batch_that_is_next():
 
 
 def test_batches_of_like_length_waste_less_than_random_ones():
-    def waste(batches):
-        return 1 - LENGTHS.sum() / sum(len(batch) * LENGTHS[batch].max() for batch in batches)
+    def padding(batches):
+        """The share of a batch's frames that are no clip's."""
+        padded = sum(len(batch) * LENGTHS[batch].max() for batch in batches)
+        return 1 - LENGTHS.sum() / padded
 
     order = np.random.default_rng(1).permutation(len(LENGTHS))
-    random = waste([order[i : i + 8] for i in range(0, len(order), 8)])
-    sorted_ = waste(list(LengthBatchSampler(LENGTHS, 8, True, 1)))
-    assert sorted_ < random / 2, (
-        f"padding {100 * random:.0f} % in random batches, {100 * sorted_:.0f} % here"
-    )
+    random = padding([order[i : i + 8] for i in range(0, len(order), 8)])
+    by_length = padding(list(LengthBatchSampler(LENGTHS, 8, True, 1)))
+    assert by_length < random / 2, f"{by_length:.0%} padding, {random:.0%} in random batches"
 
 
 def test_evaluation_begins_with_the_longest_clips():
@@ -1423,26 +1523,28 @@ def test_evaluation_begins_with_the_longest_clips():
     )
 
 
-# ------------------------------------------------------------------------- the demo corpus
+# ------------------------------------------------------------ the demo corpus
 
 SMALL = {"train": 12, "dev": 4, "test": 4}
 
 
 def contents(folder):
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(Path(folder).rglob("*"))
-        if path.is_file()
-    }
+    """{relative path: bytes} of all files in a folder."""
+    found = {}
+    for path in sorted(Path(folder).rglob("*")):
+        if path.is_file():
+            found[str(path.relative_to(folder))] = path.read_bytes()
+    return found
 
 
 def test_the_demo_is_the_same_for_the_same_seed(tmp_path):
-    a, b, c = (
-        contents(make_demo_corpus(tmp_path / name, seed, SMALL))
-        for name, seed in (("a", 3), ("b", 3), ("c", 4))
-    )
-    assert a.keys() == b.keys() and all(a[name] == b[name] for name in a)
-    assert a.keys() == c.keys() and any(a[name] != c[name] for name in a)
+    first = contents(make_demo_corpus(tmp_path / "a", 3, SMALL))
+    again = contents(make_demo_corpus(tmp_path / "b", 3, SMALL))
+    other = contents(make_demo_corpus(tmp_path / "c", 4, SMALL))
+    assert first.keys() == again.keys()
+    assert all(first[name] == again[name] for name in first)
+    assert first.keys() == other.keys()
+    assert any(first[name] != other[name] for name in first)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"], (
         "nothing else is left behind"
     )
@@ -1450,52 +1552,57 @@ def test_the_demo_is_the_same_for_the_same_seed(tmp_path):
 
 def test_no_dev_or_test_sentence_of_the_demo_occurs_in_train(tmp_path):
     folder = make_demo_corpus(tmp_path / "demo", 0, {"train": 150, "dev": 40, "test": 40})
-    texts = {
-        split: [e["text"] for e in load_dataset_file(folder / f"labels.{split}").values()]
-        for split in SMALL
-    }
-    assert {split: len(values) for split, values in texts.items()} == {
-        "train": 150,
-        "dev": 40,
-        "test": 40,
-    }
-    shared_texts = set(texts["train"]) & set(texts["dev"] + texts["test"])
-    assert not shared_texts and not set(texts["dev"]) & set(texts["test"]), (
-        f"{len(shared_texts)} shared"
-    )
+
+    def texts_of(split):
+        entries = load_dataset_file(folder / f"labels.{split}")
+        return [entry["text"] for entry in entries.values()]
+
+    train = texts_of("train")
+    dev = texts_of("dev")
+    test = texts_of("test")
+    assert len(train) == 150
+    assert len(dev) == 40
+    assert len(test) == 40
+    assert not set(train) & set(dev + test)
+    assert not set(dev) & set(test)
 
 
 def test_the_demo_comes_through_the_real_loader_and_looks_like_signing(demo):
-    """Full-width punctuation, clips of different lengths, glosses not in the words' order, missing
-    hands.
+    """Full-width punctuation, clips of different lengths, missing hands.
+
+    And glosses that are not in the words' order.
     """
-    frames, dropped, texts = [], 0, []
+    frames = []
+    hands_missing = 0
+    texts = []
     for split, count in (("train", 40), ("dev", 10), ("test", 6)):
         dataset = SignLanguageDataset(demo / f"labels.{split}", scratch_config(), split)
         assert len(dataset) == count
         for i in range(count):
             _, pose, text, gloss = dataset[i]
-            assert not finite_and_bounded(pose) and gloss and text
+            assert_finite_and_bounded(pose)
+            assert gloss
+            assert text
             frames.append(len(pose["body"]))
-            dropped += int(
-                (~pose["left"].any(-1).any(-1)).sum() + (~pose["right"].any(-1).any(-1)).sum()
-            )
+            for hand in ("left", "right"):
+                is_seen = pose[hand].any(-1).any(-1)  # by frame
+                hands_missing += int((~is_seen).sum())
             texts.append((text, gloss))
-    assert max(frames) > 1.5 * min(frames) and dropped > 0, (
-        f"{min(frames)} to {max(frames)} frames, {dropped} hands dropped"
-    )
+    assert max(frames) > 1.5 * min(frames), f"{min(frames)} to {max(frames)} frames"
+    assert hands_missing > 0
     assert any("，" in text or "？" in text for text, _ in texts)
-    reordered = [
-        text
-        for text, gloss in texts
-        if [text.find(g) for g in gloss] != sorted(text.find(g) for g in gloss)
-    ]
-    assert len(reordered) > 20, (
-        f"the sign order differs from the word order in {len(reordered)} of {len(texts)}"
+    reordered = 0
+    for text, gloss in texts:
+        places = [text.find(word) for word in gloss]
+        if places != sorted(places):
+            reordered += 1
+    assert reordered > 20, (
+        f"the sign order differs from the word order in {reordered} of {len(texts)}"
     )
 
 
 def test_a_demo_that_is_interrupted_leaves_no_half_corpus(tmp_path, monkeypatch):
+    original = datasets_lite.pickle.dumps
     calls = []
 
     def fails_at_the_third(*arguments, **more):
@@ -1504,7 +1611,6 @@ def test_a_demo_that_is_interrupted_leaves_no_half_corpus(tmp_path, monkeypatch)
             raise KeyboardInterrupt
         return original(*arguments, **more)
 
-    original = datasets_lite.pickle.dumps
     monkeypatch.setattr(datasets_lite.pickle, "dumps", fails_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         make_demo_corpus(tmp_path / "demo", 0, SMALL)
@@ -1515,39 +1621,49 @@ def test_a_demo_that_is_interrupted_leaves_no_half_corpus(tmp_path, monkeypatch)
 
 def test_augmentation_never_makes_a_clip_too_short_for_its_glosses(tmp_path):
     """Else CTC would stop a run at whatever epoch draws a fast one."""
-    label = write_corpus(tmp_path, {"a": random_clip(10)})  # four glosses and a stride of 2: 8
+    label = write_corpus(tmp_path, {"a": random_clip(10)})
     dataset = SignLanguageDataset(label, scratch_config(augment=True, ctc_weight=0.5), "train")
-    dataset.entries[0]["gloss"] = ["今天", "我", "书", "买", "不"]  # 10 frames
+    dataset.entries[0]["gloss"] = [
+        "今天",
+        "我",
+        "书",
+        "买",
+        "不",
+    ]  # five, at a stride of 2: 10 frames
     frames = [dataset.begin_epoch(epoch)[0] for epoch in range(100)]
-    assert min(frames) >= 10 and max(frames) > 10, f"{min(frames)} to {max(frames)} frames"
+    assert min(frames) >= 10, f"{min(frames)} to {max(frames)} frames"
+    assert max(frames) > 10, f"{min(frames)} to {max(frames)} frames"
 
 
 def test_an_epochs_lengths_are_those_of_its_augmented_clips(demo):
-    """The sampler sorts by them; were they off, batches would be padded more, and nobody would
-    know.
+    """The sampler sorts by them: were they off, batches would be padded more.
+
+    Nothing else would tell.
     """
     config = scratch_config(augment=True, max_length=40)
     dataset = SignLanguageDataset(demo / "labels.train", config, "train")
     for epoch in range(3):
         lengths = dataset.begin_epoch(epoch).tolist()
-        found = [len(dataset[i][1]["body"]) for i in range(len(dataset))]
+        found = [len(body_of(dataset, i)) for i in range(len(dataset))]
         assert lengths == found, f"epoch {epoch}"
-        assert found != dataset.lengths and max(found) == 40
+        assert found != dataset.lengths
+        assert max(found) == 40
     dataset.config.augment = False
     assert dataset.begin_epoch(3).tolist() == dataset.lengths
 
 
 def test_an_augmented_clip_is_the_same_motion_at_another_tilt_and_speed():
-    """Solved for the turn and turned back, what is left is the noise."""
+    """Once the best linear map is taken out, what is left is the noise."""
     keypoints, scores = random_clip(30)
     for seed in range(20):
         moved, kept = augment_clip(keypoints, scores, np.random.default_rng(seed), 24 + seed)
         assert len(kept) == 24 + seed
         frames = np.linspace(0, 29, len(kept)).round().astype(int)
-        assert (kept == scores[frames]).all() and moved.dtype == np.float32
-        solved, *_ = np.linalg.lstsq(
-            keypoints[frames].reshape(-1, 2).astype(float), moved.reshape(-1, 2), rcond=None
-        )
-        assert np.abs(solved - np.eye(2)).max() < 0.25, f"seed {seed}: {solved}"
-        left = moved - (keypoints[frames].reshape(-1, 2) @ solved).reshape(moved.shape)
-        assert 0 < np.abs(left).max() < 0.03, f"seed {seed}: noise {np.abs(left).max():.4f}"
+        assert (kept == scores[frames]).all()
+        assert moved.dtype == np.float32
+        before = keypoints[frames].reshape(-1, 2).astype(float)
+        after = moved.reshape(-1, 2)
+        linear_map, *_ = np.linalg.lstsq(before, after, rcond=None)
+        assert np.abs(linear_map - np.eye(2)).max() < 0.25, f"seed {seed}: {linear_map}"
+        noise = np.abs(after - before @ linear_map).max()  # of the joints that are read
+        assert 0 < noise < 0.03, f"seed {seed}: noise {noise:.4f}"

@@ -1,7 +1,8 @@
-"""Whatever arrays or bytes come in: a sound clip or a documented error; no NaN, no warning, no
-other exception.
+"""Whatever arrays or bytes come in: a sound clip or a documented error, and nothing else.
 
-    python tests/test_fuzz.py 20000     that many inputs, counts by kind and outcome, peak memory
+That is: no NaN, no warning, no other exception.
+
+    python tests/test_fuzz.py 20000     that many inputs; prints counts by outcome, peak memory
 
 As tests they run briefly; without the package hypothesis they are skipped.
 """
@@ -9,6 +10,7 @@ As tests they run briefly; without the package hypothesis they are skipped.
 import gzip
 import io
 import json
+import math
 import pickle
 import sys
 import tempfile
@@ -21,11 +23,11 @@ import numpy as np
 import pytest
 
 pytest.importorskip("hypothesis", reason="pip install hypothesis")
-from hypothesis import HealthCheck, given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from datasets_lite import (  # noqa: E402
+from datasets_lite import (
     DataError,
     augment_clip,
     crop_scale,
@@ -39,7 +41,20 @@ SEED = st.integers(0, 2**32 - 1)
 SPECIAL = np.array(
     [0, -0.0, 1, -1, 0.3, 0.31, 2.1, 1e-45, 1e-38, 1e30, 3.4e38, -3.4e38, np.inf, -np.inf, np.nan]
 )
-ODD = st.one_of(
+
+
+def is_small(shape):
+    return np.prod(shape) < 1e5
+
+
+def zeros(kind_and_shape):
+    kind, shape = kind_and_shape
+    return np.zeros(shape, kind)
+
+
+ARRAY_KINDS = st.sampled_from(["f2", "f4", "f8", "i8", "u1", "b", "U3", "S2", "c8"])
+ARRAY_SHAPES = st.lists(st.sampled_from([0, 1, 2, 3, 133]), max_size=4).filter(is_small)
+ODD = st.one_of(  # what may stand where an array or a number should be
     st.none(),
     st.booleans(),
     st.integers(-(2**70), 2**70),
@@ -49,43 +64,38 @@ ODD = st.one_of(
     st.lists(st.floats(), max_size=3),
     st.just([1920, 1080]),
     st.just(np.array([640, 480])),
-    st.tuples(
-        st.sampled_from(["f2", "f4", "f8", "i8", "u1", "b", "U3", "S2", "c8"]),
-        st.lists(st.sampled_from([0, 1, 2, 3, 133]), max_size=4).filter(
-            lambda shape: np.prod(shape) < 1e5
-        ),
-    ).map(lambda a: np.zeros(a[1], a[0])),
+    st.tuples(ARRAY_KINDS, ARRAY_SHAPES).map(zeros),
 )
 
 
 def numbers(rng, *shape):
     """Plausible coordinates, of which some share is replaced by special values or random bits."""
-    values, holes = rng.normal(0.5, 0.3, shape), rng.random(shape) < rng.choice([0, 0.01, 0.5, 1])
+    values = rng.normal(0.5, 0.3, shape)
+    holes = rng.random(shape) < rng.choice([0, 0.01, 0.5, 1])
+    scale = rng.choice([1, 1, 1000, 1e-30, 1e30])
+    kind = rng.choice(["f2", "f4", "f8"])
     with np.errstate(all="ignore"):
-        values = (values * rng.choice([1, 1, 1000, 1e-30, 1e30])).astype(
-            rng.choice(["f2", "f4", "f8"])
-        )
+        values = (values * scale).astype(kind)
         bits = np.frombuffer(rng.bytes(values.nbytes), values.dtype).reshape(shape)
         special = rng.choice(SPECIAL, shape).astype(values.dtype)
         values[holes] = np.where(rng.random(shape) < 0.5, bits, special)[holes]
     return values
 
 
-def sound(parts, frames):
-    """Whether these are the three tensors of a clip."""
+def assert_sound(parts, frames):
+    """These are the three tensors of a clip."""
     for part, joints in (("body", 9), ("left", 21), ("right", 21)):
         values = parts[part].numpy()
-        assert values.shape == (frames, joints, 3) and values.dtype == np.float32, (
-            part,
-            values.shape,
-            values.dtype,
-        )
-        assert np.isfinite(values).all() and np.abs(values).max(initial=0) <= 1, part
+        assert values.shape == (frames, joints, 3), (part, values.shape)
+        assert values.dtype == np.float32, (part, values.dtype)
+        assert np.isfinite(values).all(), part
+        assert np.abs(values).max(initial=0) <= 1, part
 
 
 def outcome_of(function):
-    """What a loader makes of its input: "read", or the documented error's name; anything else goes
-    up.
+    """What a loader makes of its input: "read", or the documented error's name.
+
+    Any other exception goes up.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -104,13 +114,12 @@ def read_pose(content, suffix):
 
         def read():
             keypoints, scores = load_pose_file(path)
-            assert (
-                keypoints.shape == (len(scores), 133, 2)
-                and scores.shape == (len(scores), 133)
-                and len(scores)
-            )
+            frames = len(scores)
+            assert frames > 0
+            assert keypoints.shape == (frames, 133, 2)
+            assert scores.shape == (frames, 133)
             assert keypoints.dtype == scores.dtype == np.float32
-            sound(load_part_kp(keypoints, scores), len(scores))
+            assert_sound(load_part_kp(keypoints, scores), frames)
 
         return outcome_of(read)
 
@@ -122,9 +131,10 @@ def read_labels(content):
 
         def read():
             entries = load_dataset_file(path)
-            assert entries and all(
-                e["text"].strip() and isinstance(e["gloss"], list) for e in entries.values()
-            )
+            assert entries
+            for entry in entries.values():
+                assert entry["text"].strip()
+                assert isinstance(entry["gloss"], list)
 
         return outcome_of(read)
 
@@ -133,17 +143,28 @@ def damaged(rng, content):
     """Bytes replaced, inserted, cut out or repeated, at a few places."""
     content = bytearray(content)
     for _ in range(rng.integers(1, 6)):
-        at, length = int(rng.integers(len(content) + 1)), int(rng.integers(1, 9))
-        content[at : at + int(rng.integers(0, length + 1))] = (
+        begin = int(rng.integers(len(content) + 1))
+        length = int(rng.integers(1, 9))
+        end = begin + int(rng.integers(0, length + 1))
+        replacements = (
             rng.bytes(length),
             b"",
-            content[at : at + length] * 3,
+            content[begin : begin + length] * 3,
             bytes([255]) * length,
-        )[rng.integers(4)]
-    return bytes(content[: rng.integers(len(content) + 1)] if rng.random() < 0.2 else content)
+        )
+        content[begin:end] = replacements[rng.integers(4)]
+    if rng.random() < 0.2:
+        content = content[: rng.integers(len(content) + 1)]
+    return bytes(content)
+
+
+def random_protocol(rng):
+    """A pickle protocol."""
+    return int(rng.integers(6))
 
 
 def clip_bytes(rng, form):
+    """A sound pose file's bytes, but for the numbers in it."""
     frames = int(rng.integers(1, 6))
     clip = {"keypoints": numbers(rng, frames, 1, 133, 2), "scores": numbers(rng, frames, 1, 133)}
     if form == "npz":
@@ -151,47 +172,44 @@ def clip_bytes(rng, form):
         np.savez(file, **clip)
         return file.getvalue()
     if rng.random() < 0.5:
-        clip = {key: list(value) for key, value in clip.items()} | {
-            "start": 0,
-            "end": frames,
-            "w_h": [100, 100],
-        }
-    return pickle.dumps(clip, int(rng.integers(6)))
+        clip = {key: list(value) for key, value in clip.items()}
+        clip |= {"start": 0, "end": frames, "w_h": [100, 100]}
+    return pickle.dumps(clip, random_protocol(rng))
 
 
 def fuzz_arrays(data):
     rng = np.random.default_rng(data.draw(SEED))
     frames = data.draw(st.integers(0, 12))
-    keypoints, scores = numbers(rng, frames, 133, 2), numbers(rng, frames, 133)
+    keypoints = numbers(rng, frames, 133, 2)
+    scores = numbers(rng, frames, 133)
     with np.errstate(all="ignore"):
-        stored = (
-            keypoints.astype(np.float32),
-            scores.astype(np.float32),
-        )  # as load_pose_file gives them
+        # as load_pose_file gives them
+        stored_keypoints = keypoints.astype(np.float32)
+        stored_scores = scores.astype(np.float32)
         motion = np.concatenate([keypoints, scores[..., None]], -1)[:, :9]
 
     def read():
-        sound(load_part_kp(keypoints, scores), frames)
+        assert_sound(load_part_kp(keypoints, scores), frames)
         result, scale, _ = crop_scale(motion, 0.3)
-        assert np.isfinite(result).all() and np.isfinite(scale)
+        assert np.isfinite(result).all()
+        assert np.isfinite(scale)
         if frames:
-            moved, kept = augment_clip(*stored, rng, frames + 1)
-            sound(load_part_kp(moved, kept), len(kept))
+            moved, kept = augment_clip(stored_keypoints, stored_scores, rng, frames + 1)
+            assert_sound(load_part_kp(moved, kept), len(kept))
 
     return outcome_of(read)
 
 
 def fuzz_structures(data):
-    clip = data.draw(
-        st.fixed_dictionaries(
-            {},
-            optional=dict.fromkeys(("keypoints", "scores", "start", "end", "w_h", "more"), ODD),
-        )
-    )
+    fields = ("keypoints", "scores", "start", "end", "w_h", "more")
+    odd = data.draw(st.fixed_dictionaries({}, optional=dict.fromkeys(fields, ODD)))
     rng = np.random.default_rng(data.draw(SEED))
     good = pickle.loads(clip_bytes(rng, "pkl"))
-    clip = clip if rng.random() < 0.2 else good | {key: clip[key] for key in list(clip)[:2]}
-    return read_pose(pickle.dumps(clip, int(rng.integers(6))), ".pkl")
+    if rng.random() < 0.2:
+        clip = odd
+    else:
+        clip = good | {field: odd[field] for field in list(odd)[:2]}
+    return read_pose(pickle.dumps(clip, random_protocol(rng)), ".pkl")
 
 
 def fuzz_damaged_pickle(data):
@@ -205,32 +223,35 @@ def fuzz_damaged_npz(data):
 
 
 def fuzz_bytes(data):
-    return read_pose(
-        data.draw(st.binary(max_size=300)), data.draw(st.sampled_from([".pkl", ".npz", ""]))
-    )
+    content = data.draw(st.binary(max_size=300))
+    suffix = data.draw(st.sampled_from([".pkl", ".npz", ""]))
+    return read_pose(content, suffix)
+
+
+GOOD_ENTRY = {"name": "a", "text": "你好", "gloss": ["你好"], "pose": "a.pkl"}
+
+
+def with_one_odd_field(odd_fields):
+    """A good entry, the first of the odd fields in the place of its own."""
+    return GOOD_ENTRY | dict(list(odd_fields.items())[:1])
+
+
+ODD_FIELDS = st.fixed_dictionaries({}, optional=dict.fromkeys(GOOD_ENTRY, ODD))
+ENTRIES = st.one_of(ODD, st.just(GOOD_ENTRY), ODD_FIELDS.map(with_one_odd_field))
+KEYS = st.one_of(st.text(max_size=4), st.integers(0, 9))
+LABELS = st.one_of(ODD, st.lists(ENTRIES, max_size=3), st.dictionaries(KEYS, ENTRIES, max_size=3))
 
 
 def fuzz_labels(data):
-    good = {"name": "a", "text": "你好", "gloss": ["你好"], "pose": "a.pkl"}
-    entry = st.one_of(
-        ODD,
-        st.just(good),
-        st.fixed_dictionaries({}, optional=dict.fromkeys(good, ODD)).map(
-            lambda odd: good | dict(list(odd.items())[:1])
-        ),
-    )
-    rng, key = (
-        np.random.default_rng(data.draw(SEED)),
-        st.one_of(st.text(max_size=4), st.integers(0, 9)),
-    )
-    labels = data.draw(
-        st.one_of(ODD, st.lists(entry, max_size=3), st.dictionaries(key, entry, max_size=3))
-    )
+    rng = np.random.default_rng(data.draw(SEED))
+    labels = data.draw(LABELS)
     if rng.random() < 0.3:
         content = json.dumps(labels, default=str).encode()
     else:
-        content = gzip.compress(pickle.dumps(labels, int(rng.integers(6))))
-    return read_labels(damaged(rng, content) if rng.random() < 0.3 else content)
+        content = gzip.compress(pickle.dumps(labels, random_protocol(rng)))
+    if rng.random() < 0.3:
+        content = damaged(rng, content)
+    return read_labels(content)
 
 
 KINDS = [
@@ -244,6 +265,8 @@ KINDS = [
 
 
 def run(kind, inputs):
+    """Draw that many inputs of a kind and count what comes of them."""
+
     @settings(
         max_examples=inputs,
         deadline=None,
@@ -264,16 +287,21 @@ def test_whatever_comes_in_is_a_sound_clip_or_a_documented_error(kind):
     assert sum(COUNTS.values()) > 100
 
 
-if __name__ == "__main__":
-    import resource
+def main():
+    import resource  # not on Windows
 
-    started, inputs = time.monotonic(), int(sys.argv[1]) if len(sys.argv) > 1 else 20000
+    inputs = int(sys.argv[1]) if len(sys.argv) > 1 else 20000
+    started = time.monotonic()
     for kind in KINDS:
-        run(kind, -(-inputs // len(KINDS)))
+        run(kind, math.ceil(inputs / len(KINDS)))
+    seconds = time.monotonic() - started
     for (kind, outcome), count in sorted(COUNTS.items()):
         print(f"{kind:20} {outcome:20} {count:7,}")
-    print(
-        f"{sum(COUNTS.values()):,} inputs in {time.monotonic() - started:.0f} s, no NaN, no "
-        "warning, no other error; "
-        f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB"
-    )
+    total = sum(COUNTS.values())
+    gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(f"{total:,} inputs in {seconds:.0f} s: no NaN, no warning, no other error")
+    print(f"peak memory {gigabytes:.2f} GB")
+
+
+if __name__ == "__main__":
+    main()

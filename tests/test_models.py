@@ -1,10 +1,9 @@
-"""From batches to a loss or to text: what trains, what a clip's result depends on, what the loss
-is.
-"""
+"""From batches to a loss or to text: what trains, and what a clip's result depends on."""
 
 import math
 import shutil
 import unicodedata
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -40,22 +39,32 @@ TEXTS = ["今天我在学校买红的书。", "你好，老师不喜欢鱼吗？
 
 
 def odd_batch(clips):
-    """A long clip, a short one, and two between, the short one of an odd number of frames."""
-    order = sorted(range(len(clips)), key=lambda i: clips.lengths[i])
-    short = next(i for i in order if clips.lengths[i] % 2)
-    return [order[-1], short, order[10], order[20]]
+    """Indices of a long clip, a short one of an odd number of frames, and two between."""
+    by_length = sorted(range(len(clips)), key=lambda i: clips.lengths[i])
+    short = next(i for i in by_length if clips.lengths[i] % 2 == 1)
+    return [by_length[-1], short, by_length[10], by_length[20]]
+
+
+def texts_of(clips):
+    return [entry["text"] for entry in clips.entries]
 
 
 def logits_by_hand(model, src_input, labels):
     """Teacher forcing as the paper has it: the decoder reads pad, then the labels but the last."""
     embeddings, mask = model.encode_pose(src_input)
     read = torch.cat([torch.zeros_like(labels[:, :1]), labels[:, :-1]], 1).clamp(min=0)
-    return model.mt5_model(
-        inputs_embeds=embeddings, attention_mask=mask, decoder_input_ids=read
-    ).logits
+    output = model.mt5_model(inputs_embeds=embeddings, attention_mask=mask, decoder_input_ids=read)
+    return output.logits
 
 
-# ------------------------------------------------------------------------- what trains
+def embed(model, src_input):
+    """The pose encoder's output for a batch."""
+    with torch.no_grad():
+        embeddings, _ = model.encode_pose(src_input)
+    return embeddings
+
+
+# ------------------------------------------------------------ what trains
 
 
 def trainable_by_policy(name, depth, train_embedding):
@@ -81,16 +90,15 @@ def test_requires_grad_of_every_parameter_by_name(mt5_folder, depth, train_embed
         "encoder.final_layer_norm.weight",
         "decoder.final_layer_norm.weight",
     } <= set(names)
-    wrong = [
-        name
-        for name, p in model.mt5_model.named_parameters()
-        if p.requires_grad != trainable_by_policy(name, depth, train_embedding)
-    ]
+    wrong = []
+    for name, parameter in model.mt5_model.named_parameters():
+        if parameter.requires_grad != trainable_by_policy(name, depth, train_embedding):
+            wrong.append(name)
     assert not wrong, f"{len(wrong)} of {len(names)}: {wrong}"
     frozen = [
         name
-        for name, p in model.named_parameters()
-        if not name.startswith("mt5_model.") and not p.requires_grad
+        for name, parameter in model.named_parameters()
+        if not name.startswith("mt5_model.") and not parameter.requires_grad
     ]
     assert not frozen, f"frozen in the front-end: {frozen}"
 
@@ -98,15 +106,16 @@ def test_requires_grad_of_every_parameter_by_name(mt5_folder, depth, train_embed
 def test_a_depth_beyond_the_decoder_freezes_all_of_it_and_warns(mt5_folder, capsys):
     model = pretrained_model(mt5_folder, TEXTS, freeze_decoder_layers=9)
     printed = capsys.readouterr().out
-    assert "warning" in printed and "freeze_decoder_layers is 9" in printed and "6" in printed, (
-        printed
-    )
+    assert "warning" in printed, printed
+    assert "freeze_decoder_layers is 9" in printed, printed
+    assert "6" in printed, printed
     blocks = [
-        p.requires_grad
-        for name, p in model.mt5_model.named_parameters()
+        parameter.requires_grad
+        for name, parameter in model.mt5_model.named_parameters()
         if name.startswith("decoder.block.")
     ]
-    assert blocks and not any(blocks)
+    assert blocks
+    assert not any(blocks)
     assert model.mt5_model.decoder.final_layer_norm.weight.requires_grad
     assert model.mt5_model.lm_head.weight.requires_grad
 
@@ -117,17 +126,21 @@ def test_a_depth_within_the_decoder_does_not_warn(mt5_folder, capsys):
 
 
 def test_freezing_is_idempotent_and_leaves_no_trace_of_an_earlier_depth(mt5_folder):
-    def states():
-        return {name: p.requires_grad for name, p in model.named_parameters()}
-
     model = pretrained_model(mt5_folder, TEXTS, freeze_decoder_layers=2)
+
+    def states():
+        return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+
+    def freeze(depth, train_embedding):
+        model.config.freeze_decoder_layers = depth
+        model.config.train_embedding = train_embedding
+        model._freeze_mt5_layers()
+
     first = states()
-    model._freeze_mt5_layers()
+    freeze(2, True)
     assert states() == first
-    model.config.freeze_decoder_layers, model.config.train_embedding = 6, False
-    model._freeze_mt5_layers()
-    model.config.freeze_decoder_layers, model.config.train_embedding = 2, True
-    model._freeze_mt5_layers()
+    freeze(6, False)
+    freeze(2, True)
     assert states() == first
 
 
@@ -140,37 +153,46 @@ def test_from_scratch_nothing_is_frozen(clips):
 def test_frozen_blocks_pass_the_gradient_on_and_take_none(mt5_folder, clips):
     model = without_dropout(pretrained_model(mt5_folder, TEXTS, freeze_decoder_layers=6))
     model(*batch_of(clips, [0, 1])).loss.backward()
-    grads = {
-        name: p.grad is not None and bool(p.grad.abs().sum() > 0)
-        for name, p in model.named_parameters()
-    }
-    frozen = [name for name in grads if name.startswith("mt5_model.decoder.block.")]
-    assert not any(grads[name] for name in frozen)
-    still = [name for name, moves in grads.items() if not moves and name not in frozen]
+    moving = with_gradient(model)
+    frozen = []
+    still = []
+    for name, _ in model.named_parameters():
+        if name.startswith("mt5_model.decoder.block."):
+            frozen.append(name)
+        elif name not in moving:
+            still.append(name)
+    assert not moving & set(frozen)
     assert not still, f"trainable, but without a gradient: {still}"
+
+
+def with_gradient(model):
+    """The names of the parameters that the last backward pass would move."""
+    return {
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None and parameter.grad.abs().sum() > 0
+    }
 
 
 def test_what_trains_is_printed_a_line_a_part(mt5_folder, capsys):
     model = pretrained_model(mt5_folder, TEXTS)
     printed = capsys.readouterr().out
-    total, trained = (
-        sum(p.numel() for p in model.parameters() if p.requires_grad or every)
-        for every in (True, False)
-    )
-    assert (
-        f"{total:,}" in printed
-        and f"{trained:,}" in printed
-        and len(printed.strip().splitlines()) >= 5
-    ), printed
+    total = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert f"{total:,}" in printed, printed
+    assert f"{trained:,}" in printed, printed
+    assert len(printed.strip().splitlines()) >= 5, printed
 
 
-# ------------------------------------------------------------------------- the tying trap
+# ------------------------------------------------------------ the tying trap
 
 
 def tied(model):
-    """Ways in which head and table of pieces are one, or a stack does not read the table."""
-    mt5, faults = model.mt5_model, []
-    head, table = mt5.lm_head.weight, mt5.shared.weight
+    """Ways in which the head and the table of pieces are one, or a stack has another table."""
+    mt5 = model.mt5_model
+    head = mt5.lm_head.weight
+    table = mt5.shared.weight
+    faults = []
     if head is table:
         faults.append("one object")
     if head.data_ptr() == table.data_ptr():
@@ -192,7 +214,8 @@ def test_the_head_is_apart_from_the_table_from_scratch(clips):
 def test_the_head_and_the_table_are_the_pretrained_ones(mt5_folder, texts):
     model = pretrained_model(mt5_folder, texts)
     assert not tied(model), tied(model)
-    stored, rows = load_file(mt5_folder / "model.safetensors"), model.codec.keep or slice(None)
+    stored = load_file(mt5_folder / "model.safetensors")
+    rows = model.codec.keep or slice(None)
     assert torch.equal(model.mt5_model.lm_head.weight, stored["lm_head.weight"][rows])
     assert torch.equal(model.mt5_model.shared.weight, stored["shared.weight"][rows])
 
@@ -218,15 +241,14 @@ def test_tied_tables_are_refused_when_weights_are_loaded(clips):
 
 
 def test_a_pretrained_model_that_is_tied_is_refused(mt5_folder, tmp_path):
-    shutil.copytree(mt5_folder, tmp_path / "tied")
-    MT5ForConditionalGeneration(MT5Config(vocab_size=100, **MT5_SIZES)).save_pretrained(
-        tmp_path / "tied"
-    )
+    folder = shutil.copytree(mt5_folder, tmp_path / "tied")
+    tied_mt5 = MT5ForConditionalGeneration(MT5Config(vocab_size=100, **MT5_SIZES))
+    tied_mt5.save_pretrained(folder)
     with pytest.raises(ConfigError, match="tied|rows"):
-        pretrained_model(tmp_path / "tied")
+        pretrained_model(folder)
 
 
-# ------------------------------------------------------------------------- best/, there and back
+# ------------------------------------------------------------ best/, there and back
 
 
 @pytest.mark.parametrize("kind", ["scratch", "scratch with glosses", "full tables", "trimmed"])
@@ -243,28 +265,31 @@ def test_a_saved_model_is_the_same_without_what_it_was_made_of(mt5_folder, tmp_p
     loaded = SignLanguageLite.from_pretrained(save_best(model, tmp_path / "best"))
     batch = batch_of(clips, [0, 1, 2])
     with torch.no_grad():
-        a, b = model(*batch), loaded(*batch)
+        wanted = model(*batch)
+        found = loaded(*batch)
     assert not tied(loaded), tied(loaded)
-    assert not loaded.training and a.nll.item() == b.nll.item() and a.num_tokens == b.num_tokens
-    assert a.gloss == b.gloss
-    assert model.generate(batch[0], max_new_tokens=8) == loaded.generate(batch[0], max_new_tokens=8)
-    ours, theirs = model.state_to_save(), loaded.state_to_save()
-    assert ours.keys() == theirs.keys() and all(
-        torch.equal(ours[name], theirs[name]) for name in ours
+    assert not loaded.training
+    assert found.nll.item() == wanted.nll.item()
+    assert found.num_tokens == wanted.num_tokens
+    assert found.gloss == wanted.gloss
+    src_input, _ = batch
+    assert loaded.generate(src_input, max_new_tokens=8) == model.generate(
+        src_input, max_new_tokens=8
     )
+    saved = model.state_to_save()
+    again = loaded.state_to_save()
+    assert saved.keys() == again.keys()
+    assert all(torch.equal(saved[name], again[name]) for name in saved)
 
 
 def test_a_trimmed_model_is_saved_without_the_full_tables(mt5_folder, tmp_path):
-    """From a toy vocabulary as from the real one: rows that no text needs are left behind."""
+    """From a toy vocabulary as from the real one: rows that no text can need are left behind."""
     model = pretrained_model(mt5_folder, ["abc"])
     saved = load_file(save_best(model, tmp_path / "best") / "model.safetensors")
     full = load_file(mt5_folder / "model.safetensors")["shared.weight"]
-    assert (
-        len(saved["mt5_model.shared.weight"])
-        == len(saved["mt5_model.lm_head.weight"])
-        == len(model.codec)
-        < len(full) / 2
-    )
+    assert len(saved["mt5_model.shared.weight"]) == len(model.codec)
+    assert len(saved["mt5_model.lm_head.weight"]) == len(model.codec)
+    assert len(model.codec) < len(full) / 2
 
 
 @pytest.mark.parametrize(
@@ -281,24 +306,27 @@ def test_a_trimmed_model_is_saved_without_the_full_tables(mt5_folder, tmp_path):
 )
 def test_a_damaged_best_is_refused_and_named(tmp_path, clips, damage):
     best = save_best(scratch_model(clips), tmp_path / "best")
-    if damage in ("no weights", "no config"):
-        (best / {"no weights": "model.safetensors", "no config": "config.json"}[damage]).unlink()
+    weights = best / "model.safetensors"
+    config = best / "config.json"
+    if damage == "no weights":
+        weights.unlink()
+    elif damage == "no config":
+        config.unlink()
     elif damage == "no vocabulary":
-        for path in [p for p in best.iterdir() if p.suffix == ".model" or "token" in p.name]:
-            path.unlink()
+        for path in list(best.iterdir()):
+            if path.suffix == ".model" or "token" in path.name:
+                path.unlink()
     elif damage == "half the weights":
-        raw = (best / "model.safetensors").read_bytes()
-        (best / "model.safetensors").write_bytes(raw[: len(raw) // 2])
+        raw = weights.read_bytes()
+        weights.write_bytes(raw[: len(raw) // 2])
     elif damage == "config is no JSON":
-        (best / "config.json").write_text("{")
+        config.write_text("{")
     elif damage == "another width":
-        text = (best / "config.json").read_text(encoding="utf-8")
-        (best / "config.json").write_text(
-            text.replace('"d_model": 32', '"d_model": 64'), encoding="utf-8"
-        )
+        text = config.read_text(encoding="utf-8")
+        config.write_text(text.replace('"d_model": 32', '"d_model": 64'), encoding="utf-8")
     else:
         other = save_best(scratch_model(clips, temporal_stride=1), tmp_path / "other")
-        shutil.copy(other / "model.safetensors", best)
+        shutil.copy(other / "model.safetensors", weights)
     with pytest.raises(DataError) as caught:
         SignLanguageLite.from_pretrained(best)
     assert damage == "another width" or "weights" in damage or str(best) in str(caught.value), (
@@ -306,30 +334,32 @@ def test_a_damaged_best_is_refused_and_named(tmp_path, clips, damage):
     )
 
 
-# --------------------------------------------------------------------- what a clip may depend on
+# ------------------------------------------------------------ what a clip may depend on
 
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_padding_does_not_change_a_clip(clips, stride):
-    """The original repeated the last frame, counted padding in its norms and let convolutions read
-    it.
-    """
+    """The original repeated the last frame, and its norms and convolutions read the padding."""
     model = scratch_model(clips, temporal_stride=stride)
     for index in odd_batch(clips)[1:]:
         src_input, _ = batch_of(clips, [index])
-        padded = {
-            key: F.pad(value, (0,) * (2 * value.dim() - 3) + (17,)) if value.dim() > 1 else value
-            for key, value in src_input.items()
-            if torch.is_tensor(value)
-        }
         with torch.no_grad():
             alone, mask = model.encode_pose(src_input)
-            longer, longer_mask = model.encode_pose(padded)
+            longer, longer_mask = model.encode_pose(with_frames_appended(src_input, 17))
         real = alone.shape[1]
         off = (alone - longer[:, :real]).abs().max().item()
-        assert off < 1e-5 and int(mask.sum()) == int(longer_mask.sum()) == real, (
-            f"off by {off:.2e} at {alone.abs().max():.1f}"
-        )
+        assert off < 1e-5, f"off by {off:.2e} at {alone.abs().max():.1f}"
+        assert int(mask.sum()) == real
+        assert int(longer_mask.sum()) == real
+
+
+def with_frames_appended(src_input, count):
+    """A batch with so many more frames of padding."""
+    padded = dict(src_input)
+    for part in ("body", "left", "right"):  # (B, T, V, 3)
+        padded[part] = F.pad(src_input[part], (0, 0, 0, 0, 0, count))
+    padded["attention_mask"] = F.pad(src_input["attention_mask"], (0, count))
+    return padded
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training without dropout"])
@@ -356,11 +386,10 @@ def test_a_clip_s_loss_does_not_depend_on_its_batch(clips, training):
         together = model(*batch_of(clips, indices))
         alone = [model(*batch_of(clips, [index])) for index in indices]
     tokens = sum(output.num_tokens for output in alone)
-    for figure in ("loss", "nll"):
-        wanted = (
-            sum(getattr(output, figure).item() * output.num_tokens for output in alone) / tokens
-        )
-        assert getattr(together, figure).item() == pytest.approx(wanted, abs=2e-5), figure
+    loss = sum(output.loss.item() * output.num_tokens for output in alone) / tokens
+    nll = sum(output.nll.item() * output.num_tokens for output in alone) / tokens
+    assert together.loss.item() == pytest.approx(loss, abs=2e-5)
+    assert together.nll.item() == pytest.approx(nll, abs=2e-5)
     assert together.num_tokens == tokens
     assert together.num_correct == sum(output.num_correct for output in alone)
     assert training or together.gloss == [output.gloss[0] for output in alone]
@@ -368,28 +397,28 @@ def test_a_clip_s_loss_does_not_depend_on_its_batch(clips, training):
 
 @pytest.fixture(scope="module")
 def learnt(clips):
-    """A model from scratch that was trained on six clips until it had them by heart, and those
-    clips.
-    """
-    model, indices = (
-        without_dropout(scratch_model(clips, d_model=64, ctc_weight=0.5)),
-        [0, 1, 2, 3, 4, 5],
-    )
-    batch, losses = batch_of(clips, indices), []
+    """A model from scratch that has six clips by heart, those clips, and the training's losses."""
+    model = without_dropout(scratch_model(clips, d_model=64, ctc_weight=0.5))
+    indices = [0, 1, 2, 3, 4, 5]
+    batch = batch_of(clips, indices)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    while len(losses) < 250 and (not losses or losses[-1] > 0.004):
+    losses = []
+    for _ in range(250):
         loss = model(*batch).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.item())
+        if losses[-1] <= 0.004:
+            break
     return model.eval(), indices, losses
 
 
 def test_one_batch_is_learnt_to_the_exact_strings(learnt, clips):
-    """The self-test of the whole way: no fault between poses and text survives it, a second shift
-    least.
+    """The self-test of the whole way from poses to text: no fault survives it.
+
+    Least of all a second shift of the labels.
     """
     model, indices, losses = learnt
     src_input, tgt_input = batch_of(clips, indices)
@@ -405,18 +434,24 @@ def test_one_batch_is_learnt_to_the_exact_strings(learnt, clips):
 def test_a_clip_s_text_does_not_depend_on_its_batch(learnt, clips):
     model, indices, _ = learnt
     others = [index for index in odd_batch(clips) if index not in indices]
-    together = model.generate(batch_of(clips, indices + others)[0])
-    alone = [model.generate(batch_of(clips, [index])[0])[0] for index in indices + others]
+    indices = indices + others
+
+    def generate(indices):
+        src_input, _ = batch_of(clips, indices)
+        return model.generate(src_input)
+
+    together = generate(indices)
+    alone = []
+    for index in indices:
+        alone += generate([index])
     assert together == alone
-    backwards = model.generate(batch_of(clips, (indices + others)[::-1])[0])
-    assert backwards == alone[::-1]
+    assert generate(indices[::-1]) == alone[::-1]
 
 
 def test_the_text_comes_from_the_pose(learnt, clips):
     model, indices, _ = learnt
     src_input, _ = batch_of(clips, indices)
-    order = indices[::-1]
-    swapped, _ = batch_of(clips, order)
+    swapped, _ = batch_of(clips, indices[::-1])
     assert model.generate(swapped) == model.generate(src_input)[::-1]
 
 
@@ -433,32 +468,31 @@ def test_the_text_comes_from_the_pose(learnt, clips):
 def test_generate_takes_the_fields_of_inference_config_and_gives_texts(learnt, clips, options):
     model, indices, _ = learnt
     config = InferenceConfig(**options)
-    fields = {name: getattr(config, name) for name in config.__dataclass_fields__}
-    texts = model.generate(batch_of(clips, indices)[0], **fields)
-    assert len(texts) == len(indices) and all(isinstance(text, str) for text in texts)
+    src_input, tgt_input = batch_of(clips, indices)
+    texts = model.generate(src_input, **asdict(config))
+    assert len(texts) == len(indices)
+    assert all(isinstance(text, str) for text in texts)
     special = [text for text in texts if "<" in text or "▁" in text]
     assert not special, f"special pieces in the text: {special}"
-    pieces = [len(model.codec.ids(text)) for text in texts]
     if "max_new_tokens" in options:
-        assert (
-            max(pieces) <= 3 + 1 < len(model.codec.ids(batch_of(clips, [0])[1]["gt_sentence"][0]))
-        ), f"{pieces} pieces"
+        longest = max(len(model.codec.ids(text)) for text in texts)
+        assert longest <= 3 + 1, "three pieces and the end"
+        assert len(model.codec.ids(tgt_input["gt_sentence"][0])) > 3 + 1, "or nothing is cut"
 
 
 def test_beams_find_what_was_learnt_by_heart(learnt, clips):
-    """More search may not find worse: beams that stop at the first finished texts cut the right one
-    short.
+    """More search may not find worse.
+
+    Beams that stop at the first finished texts cut the right one short.
     """
     model, indices, _ = learnt
     src_input, _ = batch_of(clips, indices)
     greedy = model.generate(src_input)
     for beams in (2, 4):
-        found = model.generate(src_input, num_beams=beams)
-        wrong = [pair for pair in zip(found, greedy) if pair[0] != pair[1]]
-        assert not wrong, f"{len(wrong)} of {len(greedy)} with {beams} beams: {wrong}"
+        assert model.generate(src_input, num_beams=beams) == greedy, f"with {beams} beams"
 
 
-# ------------------------------------------------------------------------- positions and stride
+# ------------------------------------------------------------ positions and stride
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -468,39 +502,40 @@ def test_the_stride_divides_the_positions_and_the_mask(clips, stride):
     with torch.no_grad():
         embeddings, mask = model.encode_pose(batch_of(clips, indices)[0])
     wanted = [math.ceil(clips.lengths[i] / stride) for i in indices]
-    assert mask.sum(1).tolist() == wanted and embeddings.shape == (4, max(wanted), 32)
+    assert mask.sum(1).tolist() == wanted
+    assert embeddings.shape == (4, max(wanted), 32)
     assert mask.shape == (4, max(wanted))
-    assert all(row[:n].all() and not row[n:].any() for row, n in zip(mask, wanted)), (
-        "ones, then zeros"
-    )
+    for row, positions in zip(mask, wanted):
+        assert row[:positions].all(), "ones, then zeros"
+        assert not row[positions:].any(), "ones, then zeros"
 
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_the_sinusoid_is_the_paper_s_and_is_added_after_the_projection(clips, stride):
     src_input, _ = batch_of(clips, [0])
-    with torch.no_grad():
-        without, _ = scratch_model(
-            clips, position_encoding="none", temporal_stride=stride
-        ).encode_pose(src_input)
-        with_it, _ = scratch_model(
-            clips, position_encoding="sinusoidal", temporal_stride=stride
-        ).encode_pose(src_input)
+    without = scratch_model(clips, position_encoding="none", temporal_stride=stride)
+    with_it = scratch_model(clips, position_encoding="sinusoidal", temporal_stride=stride)
+    difference = embed(with_it, src_input) - embed(without, src_input)
     for position in (0, 1, 7):
-        for i in (0, 5, 15):
-            rate = 10000 ** (-2 * i / 32)
-            added = (with_it - without)[0, position, 2 * i : 2 * i + 2].tolist()
+        for pair in (0, 5, 15):
+            rate = 10000 ** (-2 * pair / 32)
+            added = difference[0, position, 2 * pair : 2 * pair + 2].tolist()
             wanted = [math.sin(position * rate), math.cos(position * rate)]
-            assert added == pytest.approx(wanted, abs=1e-5), f"position {position}, pair {i}"
+            assert added == pytest.approx(wanted, abs=1e-5), f"position {position}, pair {pair}"
 
 
 def test_the_poses_start_smaller_than_the_position_beside_them(clips):
     """At unit scale they drown it, and what it is for, a sign twice in a row, is read as one."""
     src_input, _ = batch_of(clips, [0])
-    with torch.no_grad():
-        poses, _ = scratch_model(clips, position_encoding="none").encode_pose(src_input)
-        both, _ = scratch_model(clips, position_encoding="sinusoidal").encode_pose(src_input)
-    sizes = [x.square().mean().sqrt().item() for x in (poses, both - poses)]
-    assert sizes == pytest.approx([0.5, 0.5**0.5], abs=0.01)
+    poses = embed(scratch_model(clips, position_encoding="none"), src_input)
+    both = embed(scratch_model(clips, position_encoding="sinusoidal"), src_input)
+    positions = both - poses
+
+    def size(values):
+        return values.square().mean().sqrt().item()
+
+    assert size(poses) == pytest.approx(0.5, abs=0.01)
+    assert size(positions) == pytest.approx(0.5**0.5, abs=0.01)
 
 
 def decoder_inputs(model):
@@ -515,41 +550,52 @@ def decoder_inputs(model):
 def test_a_repeated_piece_is_told_from_the_first(clips):
     """Without a position of its own the decoder loses count of equal pieces one after another."""
     model = without_dropout(scratch_model(clips))
-    seen, (src_input, tgt_input) = decoder_inputs(model), batch_of(clips, [0])
+    seen = decoder_inputs(model)
+    src_input, tgt_input = batch_of(clips, [0])
+    piece = 5
     with torch.no_grad():
-        model(src_input, tgt_input | {"labels": torch.full((1, 6), 5)})
-    given, table = seen[0][0], model.mt5_model.shared.weight
+        model(src_input, tgt_input | {"labels": torch.full((1, 6), piece)})
+    read = [0] + [piece] * 5  # the decoder starts with padding
     for place in range(6):
-        added = given[place] - table[5 if place else 0]  # 0: the decoder starts with padding
-        rates = [10000 ** (-i / 32) for i in range(0, 32, 2)]
-        wanted = [wave(place * rate) for rate in rates for wave in (math.sin, math.cos)]
+        added = seen[0][0, place] - model.mt5_model.shared.weight[read[place]]
+        wanted = []
+        for i in range(0, 32, 2):
+            angle = place * 10000 ** (-i / 32)
+            wanted += [math.sin(angle), math.cos(angle)]
         assert added.tolist() == pytest.approx(wanted, abs=1e-5), f"piece {place}"
 
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_a_piece_s_place_is_the_same_when_decoding_one_by_one(clips, beams):
-    model, src_input = without_dropout(scratch_model(clips)), batch_of(clips, [0, 1])[0]
-    seen = decoder_inputs(model.eval())
+    model = scratch_model(clips)
+    src_input, _ = batch_of(clips, [0, 1])
+    seen = decoder_inputs(model)
     model.generate(src_input, num_beams=beams, max_new_tokens=5)
-    assert [x.shape[1] for x in seen] == [1] * len(seen) and len(seen) > 1, "one piece a call"
+    assert len(seen) > 1
+    assert all(given.shape[1] == 1 for given in seen), "one piece a call"
     table = model.mt5_model.shared.weight
     for place, given in enumerate(seen):
-        rest = (given[:, 0] - model.piece_position.table[place])[:, None] - table
-        assert rest.abs().amax(-1).amin(-1).max() < 1e-5, f"piece {place}"
+        pieces = given[:, 0] - model.piece_position.table[place]
+        distances = (pieces[:, None] - table).abs().amax(-1)  # to each piece's row
+        assert distances.amin(-1).max() < 1e-5, f"piece {place}"
 
 
 @pytest.mark.parametrize("name", ["past_key_values", "cache", "some_later_name"])
 def test_the_decoder_s_cache_is_known_under_any_name(clips, name):
-    """transformers 5.24 renamed the argument; read by its old name, each piece had the first one's
-    place.
+    """transformers 5.24 renamed the argument.
+
+    Read by its old name, each piece had the first one's place.
     """
-    model, cache = without_dropout(scratch_model(clips)), DynamicCache()
-    cache.update(*torch.zeros(2, 1, 1, 3, 8), layer_idx=0)  # three pieces are there
-    decoder, ids = model.mt5_model.decoder, torch.tensor([[5]])
-    _, given = model._number_pieces(decoder, (), {"input_ids": ids, name: cache})
+    model = without_dropout(scratch_model(clips))
+    cache = DynamicCache()
+    keys, values = torch.zeros(2, 1, 1, 3, 8)  # three pieces are there
+    cache.update(keys, values, layer_idx=0)
+    arguments = {"input_ids": torch.tensor([[5]]), name: cache}
+    _, given = model._number_pieces(model.mt5_model.decoder, (), arguments)
     added = given["inputs_embeds"][0, 0] - model.mt5_model.shared.weight[5]
     assert torch.allclose(added, model.piece_position.table[3], atol=1e-6)
-    assert "input_ids" not in given and given[name] is cache
+    assert "input_ids" not in given
+    assert given[name] is cache
 
 
 def test_a_run_from_before_the_decoder_had_positions_is_refused(clips, tmp_path):
@@ -573,13 +619,14 @@ def test_a_pretrained_decoder_is_given_its_pieces_as_they_are(mt5_folder, clips)
 
 def test_learned_positions_are_added_and_learn(clips):
     model = without_dropout(scratch_model(clips, position_encoding="learned", max_length=128))
-    ((name, table),) = [(n, p) for n, p in model.named_parameters() if "position" in n]
+    (name,) = [name for name, _ in model.named_parameters() if "position" in name]
+    table = model.get_parameter(name)
     model(*batch_of(clips, [0])).loss.backward()
     used = math.ceil(clips.lengths[0] / model.config.temporal_stride)
     moved = table.grad.abs().sum(1) > 0
-    assert moved[:used].all() and not moved[used:].any(), (
-        f"{name}: {int(moved.sum())} of {len(moved)} rows move, {used} used"
-    )
+    rows = f"{name}: {int(moved.sum())} of {len(moved)} rows move, {used} used"
+    assert moved[:used].all(), rows
+    assert not moved[used:].any(), rows
 
 
 @pytest.mark.parametrize("position", ["sinusoidal", "learned", "none"])
@@ -592,19 +639,20 @@ def test_every_length_up_to_max_length_works_and_a_longer_one_is_refused_by_name
         clips, position_encoding=position, temporal_stride=stride, max_length=max_length
     )
 
-    def poses(frames):
-        return {
-            "body": torch.rand(1, frames, 9, 3),
-            "left": torch.rand(1, frames, 21, 3),
-            "right": torch.rand(1, frames, 21, 3),
-            "attention_mask": torch.ones(1, frames, dtype=torch.long),
-        }
+    for frames in (1, 2, max_length - 1, max_length):
+        assert embed(model, random_poses(frames)).shape[1] == math.ceil(frames / stride)
+    with pytest.raises((ValueError, ConfigError), match="max_length"):
+        embed(model, random_poses(max_length + 1))
 
-    with torch.no_grad():
-        for frames in (1, 2, max_length - 1, max_length):
-            assert model.encode_pose(poses(frames))[0].shape[1] == math.ceil(frames / stride)
-        with pytest.raises((ValueError, ConfigError), match="max_length"):
-            model.encode_pose(poses(max_length + 1))
+
+def random_poses(frames):
+    """A batch of one clip."""
+    return {
+        "body": torch.rand(1, frames, 9, 3),
+        "left": torch.rand(1, frames, 21, 3),
+        "right": torch.rand(1, frames, 21, 3),
+        "attention_mask": torch.ones(1, frames, dtype=torch.long),
+    }
 
 
 def test_max_length_is_what_the_data_set_samples_down_to(demo, clips):
@@ -612,16 +660,12 @@ def test_max_length_is_what_the_data_set_samples_down_to(demo, clips):
     dataset = SignLanguageDataset(demo / "labels.dev", config, "dev")
     model = scratch_model(clips, max_length=16)
     src_input, tgt_input = batch_of(dataset, range(len(dataset)))
-    assert src_input["body"].shape[1] == 16 and max(clips.lengths) > 16
+    assert src_input["body"].shape[1] == 16
+    assert max(clips.lengths) > 16
     assert torch.isfinite(model(src_input, tgt_input).loss)
 
 
-# ------------------------------------------------------------------------- features
-
-
-def embed(model, src_input):
-    with torch.no_grad():
-        return model.encode_pose(src_input)[0]
+# ------------------------------------------------------------ features
 
 
 @pytest.mark.parametrize("part, joints", [("left", (8, 12)), ("right", (4, 20)), ("body", (5, 6))])
@@ -629,18 +673,20 @@ def test_swapping_two_joints_changes_the_embedding(clips, part, joints):
     """With the original's mean over joints it does not: which finger moved is lost."""
     model = scratch_model(clips)
     src_input, _ = batch_of(clips, [0])
+    first, second = joints
     swapped = dict(src_input)
     swapped[part] = src_input[part].clone()
-    swapped[part][:, :, list(joints)] = src_input[part][:, :, list(joints)[::-1]]
-    a, b = embed(model, src_input), embed(model, swapped)
-    change = ((a - b).norm() / (a - a.mean()).norm()).item()
+    swapped[part][:, :, first] = src_input[part][:, :, second]
+    swapped[part][:, :, second] = src_input[part][:, :, first]
+    before = embed(model, src_input)
+    after = embed(model, swapped)
+    change = ((before - after).norm() / (before - before.mean()).norm()).item()
     assert change > 1e-2, f"the embedding changes by {100 * change:.4f} %"
 
 
 def features(part):
     """part_features by joint: (B, T, V, 5) of x, y, confidence and velocity."""
-    B, T, V, _ = part.shape
-    return part_features(part).reshape(B, T, V, 5)
+    return part_features(part).reshape(*part.shape[:3], 5)
 
 
 def test_a_velocity_never_jumps_a_gap():
@@ -661,57 +707,53 @@ def test_the_first_frame_has_no_velocity():
 
 
 def test_a_hand_is_seen_at_its_own_scale_and_in_its_place():
-    hand, wrist = torch.rand(1, 6, 21, 3) + 0.1, torch.rand(1, 6, 3)
-    smaller = hand * torch.tensor([0.1, 0.1, 1.0])
-    a, b = hand_features(hand, wrist, False), hand_features(smaller, wrist, False)
-    assert torch.allclose(a, b, atol=1e-4), f"off by {(a - b).abs().max()}"
+    hand = torch.rand(1, 6, 21, 3) + 0.1
+    wrist = torch.rand(1, 6, 3)
+    smaller_hand = hand * torch.tensor([0.1, 0.1, 1.0])
+    features = hand_features(hand, wrist, False)
+    smaller = hand_features(smaller_hand, wrist, False)
+    off = (features - smaller).abs().max()
+    assert torch.allclose(features, smaller, atol=1e-4), f"off by {off}"
     moved = hand_features(hand, wrist + 0.1, False)
-    assert torch.equal(a[..., :-3], moved[..., :-3]) and not torch.equal(
-        a[..., -3:], moved[..., -3:]
-    )
+    assert torch.equal(features[..., :-3], moved[..., :-3])
+    assert not torch.equal(features[..., -3:], moved[..., -3:])
 
 
 def test_an_unseen_hand_has_finite_features():
     unseen = hand_features(torch.zeros(2, 5, 21, 3), torch.zeros(2, 5, 3), True)
-    assert torch.isfinite(unseen).all() and not unseen.any()
+    assert torch.isfinite(unseen).all()
+    assert not unseen.any()
 
 
 def test_both_hands_go_through_the_same_weights_and_the_left_one_is_mirrored(clips):
     mirror = torch.tensor([-1.0, 1.0, 1.0])
-    hand, wrist = torch.rand(1, 6, 21, 3), torch.rand(1, 6, 3)
-    left, right = (
-        hand_features(hand, wrist, True),
-        hand_features(hand * mirror, wrist * mirror, False),
-    )
+    hand = torch.rand(1, 6, 21, 3)
+    wrist = torch.rand(1, 6, 3)
+    left = hand_features(hand, wrist, True)
+    right = hand_features(hand * mirror, wrist * mirror, False)
     assert torch.allclose(left, right, atol=1e-6), (
         "a left hand and its mirror image on the right are one shape"
     )
+
     model = without_dropout(scratch_model(clips))
     src_input, _ = batch_of(clips, [0])
-    moves = {}
+    weights = {name for name, _ in model.named_parameters() if "pose_embed" in name}
     for absent in ("left", "right"):
         model.zero_grad()
-        model.encode_pose({**src_input, absent: torch.zeros_like(src_input[absent])})[
-            0
-        ].square().sum().backward()
-        moves[absent] = {
-            n
-            for n, p in model.named_parameters()
-            if "pose_embed" in n and p.grad is not None and p.grad.any()
-        }
-    assert (
-        moves["left"]
-        == moves["right"]
-        == {n for n, _ in model.named_parameters() if "pose_embed" in n}
-    )
+        one_hand = {**src_input, absent: torch.zeros_like(src_input[absent])}
+        embeddings, _ = model.encode_pose(one_hand)
+        embeddings.square().sum().backward()
+        moving = {name for name in with_gradient(model) if "pose_embed" in name}
+        assert moving == weights, f"without the {absent} hand"
 
 
-# ------------------------------------------------------------------------- the loss
+# ------------------------------------------------------------ the loss
 
 
 def test_labels_are_not_shifted_twice(clips):
-    """The output at position t is trained on token t; the original trained it on t + 1 and token 1
-    never.
+    """The output at position t is trained on token t.
+
+    The original trained it on t + 1, and token 1 never.
     """
     for smoothing in (0.0, 0.1):  # the original's fault lay in its smoothed branch
         model = scratch_model(clips, label_smoothing=smoothing)
@@ -721,14 +763,13 @@ def test_labels_are_not_shifted_twice(clips):
             logs = logits_by_hand(model, src_input, labels).log_softmax(-1)
             output = model(src_input, tgt_input)
         real = labels != -100
-        picked = logs.gather(-1, labels.clamp(min=0)[..., None])[..., 0][real]
-        assert output.nll.item() == pytest.approx(-picked.mean().item(), abs=1e-5), (
-            f"smoothing {smoothing}"
-        )
-        wanted = -((1 - smoothing) * picked + smoothing * logs.mean(-1)[real]).mean().item()
-        assert output.loss.item() == pytest.approx(wanted, abs=1e-5), (
-            f"smoothing {smoothing}: by hand {wanted}"
-        )
+        of_labels = logs.gather(-1, labels.clamp(min=0)[..., None])[..., 0][real]
+        of_all_pieces = logs.mean(-1)[real]
+        nll = -of_labels.mean().item()
+        assert output.nll.item() == pytest.approx(nll, abs=1e-5), f"smoothing {smoothing}"
+        smoothed = (1 - smoothing) * of_labels + smoothing * of_all_pieces
+        loss = -smoothed.mean().item()
+        assert output.loss.item() == pytest.approx(loss, abs=1e-5), f"smoothing {smoothing}"
         assert output.num_tokens == int(real.sum())
         assert output.num_correct == int((logs.argmax(-1) == labels)[real].sum())
 
@@ -736,9 +777,8 @@ def test_labels_are_not_shifted_twice(clips):
 def test_label_smoothing_changes_the_loss_and_never_the_nll_beside_it(clips):
     batch = batch_of(clips, [0, 1, 2])
     with torch.no_grad():
-        plain, smooth = (
-            scratch_model(clips, label_smoothing=value)(*batch) for value in (0.0, 0.2)
-        )
+        plain = scratch_model(clips, label_smoothing=0.0)(*batch)
+        smooth = scratch_model(clips, label_smoothing=0.2)(*batch)
     assert plain.nll.item() == smooth.nll.item() == plain.loss.item()
     assert smooth.loss.item() != plain.loss.item()
     assert not plain.nll.requires_grad
@@ -748,29 +788,28 @@ def test_the_labels_may_come_from_the_loader_or_be_made_in_forward(clips):
     model = scratch_model(clips)
     src_input, tgt_input = batch_of(clips, odd_batch(clips))
     with_labels = {**tgt_input, "labels": model.codec.encode(tgt_input["gt_sentence"])}
+    text_alone = {"gt_sentence": tgt_input["gt_sentence"]}
     with torch.no_grad():
-        a, b, c = (
-            model(src_input, tgt_input),
-            model(src_input, with_labels),
-            model(src_input, {"gt_sentence": tgt_input["gt_sentence"]}),
-        )
-    assert (
-        a.loss.item() == b.loss.item() == c.loss.item()
-        and a.num_tokens == b.num_tokens == c.num_tokens
-    )
+        wanted = model(src_input, tgt_input)
+        for targets in (with_labels, text_alone):
+            found = model(src_input, targets)
+            assert found.loss.item() == wanted.loss.item()
+            assert found.num_tokens == wanted.num_tokens
 
 
 def test_a_new_model_starts_near_the_uniform_loss(clips):
     """With mT5's own head of deviation 1 it would start at about 15."""
     model = scratch_model(clips, d_model=128)
     with torch.no_grad():
-        nll, uniform = model(*batch_of(clips, [0, 1, 2, 3])).nll.item(), math.log(len(model.codec))
+        nll = model(*batch_of(clips, [0, 1, 2, 3])).nll.item()
+    uniform = math.log(len(model.codec))
     assert uniform - 1 < nll < uniform + 1.5, f"nll {nll:.2f}, ln(vocabulary) {uniform:.2f}"
 
 
 def test_gradients_of_two_halves_add_up_to_those_of_the_whole(clips):
-    """Summed over tokens, as the loop does it; a mean of means would be off where texts differ in
-    length.
+    """Summed over tokens, as the loop does it.
+
+    A mean of means would be off where texts differ in length.
     """
     indices = odd_batch(clips)
     gradients = []
@@ -781,34 +820,33 @@ def test_gradients_of_two_halves_add_up_to_those_of_the_whole(clips):
             src_input |= {name: src_input[name].double() for name in ("body", "left", "right")}
             output = model(src_input, tgt_input)
             (output.loss * output.num_tokens).backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    off = (gradients[0] - gradients[1]).norm() / gradients[0].norm()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    whole, halves = gradients
+    off = (whole - halves).norm() / whole.norm()
     assert off < 1e-5, f"off by {off:.2e}"
 
 
-# ------------------------------------------------------------------------- CTC
+# ------------------------------------------------------------ CTC
 
 
 def ctc_by_hand(model, src_input, glosses):
     """Each clip by itself, so that no padding is in it: summed negative log-likelihoods."""
-    total, index = 0.0, {gloss: i + 2 for i, gloss in enumerate(model.glosses)}
-    for i, gloss in enumerate(glosses):
-        length = int(src_input["src_length"][i])
+    number = {word: i + 2 for i, word in enumerate(model.glosses)}  # 0: blank, 1: unknown
+    total = 0.0
+    for row, gloss in enumerate(glosses):
+        if not gloss:
+            continue
+        length = int(src_input["src_length"][row])
         alone = {
-            key: src_input[key][i : i + 1, :length]
+            key: src_input[key][row : row + 1, :length]
             for key in ("body", "left", "right", "attention_mask")
         }
         embeddings, mask = model.encode_pose(alone)
-        hidden = model.mt5_model.encoder(
-            inputs_embeds=embeddings, attention_mask=mask
-        ).last_hidden_state
-        logs = model.gloss_head(hidden).log_softmax(-1).transpose(0, 1)
-        target = torch.tensor([[index.get(word, 1) for word in gloss]])
-        total += (
-            F.ctc_loss(logs, target, [logs.shape[0]], [len(gloss)], reduction="sum").item()
-            if gloss
-            else 0
-        )
+        encoded = model.mt5_model.encoder(inputs_embeds=embeddings, attention_mask=mask)
+        logs = model.gloss_head(encoded.last_hidden_state).log_softmax(-1).transpose(0, 1)
+        target = torch.tensor([[number.get(word, 1) for word in gloss]])
+        loss = F.ctc_loss(logs, target, [len(logs)], [len(gloss)], reduction="sum")
+        total += loss.item()
     return total
 
 
@@ -826,12 +864,13 @@ def test_ctc_is_summed_over_clips_without_padding_and_divided_by_the_target_toke
 
 def test_ctc_is_off_where_its_weight_is_nought_or_there_are_no_glosses(clips):
     assert scratch_model(clips, ctc_weight=0.0).gloss_head is None
-    texts = [e["text"] for e in clips.entries]
-    model = SignLanguageLite(
-        scratch_config(ctc_weight=0.5), texts=texts, glosses=[[] for _ in texts]
-    )
-    output = model.train()(*batch_of(clips, [0, 1]))
-    assert model.gloss_head is None and output.loss.item() == output.nll.item()
+    texts = texts_of(clips)
+    no_glosses = [[]] * len(texts)
+    model = SignLanguageLite(scratch_config(ctc_weight=0.5), texts=texts, glosses=no_glosses)
+    model.train()
+    output = model(*batch_of(clips, [0, 1]))
+    assert model.gloss_head is None
+    assert output.loss.item() == output.nll.item()
 
 
 def test_ctc_without_a_single_gloss_in_the_batch_adds_nothing(clips):
@@ -849,14 +888,9 @@ def test_too_few_frames_for_the_glosses_is_an_error_that_names_the_clip(clips, g
     assert ctc_positions([model.glosses.index(word) for word in gloss]) == needs
 
     def run(frames):
-        src_input = {
-            "body": torch.rand(1, frames, 9, 3),
-            "left": torch.rand(1, frames, 21, 3),
-            "right": torch.rand(1, frames, 21, 3),
-            "attention_mask": torch.ones(1, frames, dtype=torch.long),
-            "src_length": torch.tensor([frames]),
-            "names": ["S000123"],
-        }
+        src_input = random_poses(frames)
+        src_input["src_length"] = torch.tensor([frames])
+        src_input["names"] = ["S000123"]
         return model(src_input, {"gt_sentence": ["我"], "gt_gloss": [gloss]})
 
     assert torch.isfinite(run(needs).loss)
@@ -864,79 +898,81 @@ def test_too_few_frames_for_the_glosses_is_an_error_that_names_the_clip(clips, g
         run(needs - 1)
 
 
-# ------------------------------------------------------------------------- the vocabulary
+# ------------------------------------------------------------ the vocabulary
 
 
 def test_nothing_but_the_softmax_changes_when_the_vocabulary_is_trimmed(mt5_folder, clips):
-    texts = [e["text"] for e in clips.entries] + TEXTS
-    full, trimmed = (
-        pretrained_model(mt5_folder, trim_vocabulary=False),
-        pretrained_model(mt5_folder, texts),
-    )
-    front = {
-        name: value
-        for name, value in full.state_to_save().items()
-        if not name.startswith("mt5_model.")
-    }
-    trimmed.load_state_dict(front, strict=False)
+    full = pretrained_model(mt5_folder, trim_vocabulary=False)
+    trimmed = pretrained_model(mt5_folder, texts_of(clips) + TEXTS)
+    front_end = {}
+    for name, value in full.state_to_save().items():
+        if not name.startswith("mt5_model."):
+            front_end[name] = value
+    trimmed.load_state_dict(front_end, strict=False)
+
     keep = trimmed.codec.keep
-    assert len(keep) == trimmed.mt5_model.lm_head.out_features < full.mt5_model.lm_head.out_features
+    rows = trimmed.mt5_model.lm_head.out_features
+    assert len(keep) == rows
+    assert rows < full.mt5_model.lm_head.out_features
     src_input, tgt_input = batch_of(clips, [0, 1, 2])
-    full_labels, labels = (
-        model.codec.encode(tgt_input["gt_sentence"]) for model in (full, trimmed)
-    )
-    assert torch.equal(
-        torch.tensor(keep)[labels.clamp(min=0)] * (labels >= 0), full_labels * (full_labels >= 0)
-    )
+    full_labels = full.codec.encode(tgt_input["gt_sentence"])
+    labels = trimmed.codec.encode(tgt_input["gt_sentence"])
+    is_real = labels >= 0
+    assert torch.equal(is_real, full_labels >= 0)
+    assert torch.equal(torch.tensor(keep)[labels[is_real]], full_labels[is_real])
+
     with torch.no_grad():
         wanted = logits_by_hand(full, src_input, full_labels)[..., keep]
         found = logits_by_hand(trimmed, src_input, labels)
-        outputs = full(src_input, tgt_input), trimmed(src_input, tgt_input)
-    assert (wanted - found).abs().max() <= 1e-6 * max(1, wanted.abs().max()), (
-        f"off by {(wanted - found).abs().max():.2e}"
-    )
-    real = labels >= 0
+        full_output = full(src_input, tgt_input)
+        output = trimmed(src_input, tgt_input)
+    off = (wanted - found).abs().max()
+    assert off <= 1e-6 * max(1, wanted.abs().max()), f"off by {off:.2e}"
     # the full model's, its softmax over the kept pieces alone
-    nll = F.cross_entropy(wanted[real], labels[real]).item()
-    assert outputs[1].nll.item() == pytest.approx(nll, abs=1e-5) and outputs[1].nll < outputs[0].nll
+    nll = F.cross_entropy(wanted[is_real], labels[is_real]).item()
+    assert output.nll.item() == pytest.approx(nll, abs=1e-5)
+    assert output.nll < full_output.nll
 
 
 def test_trimming_never_loses_a_piece_that_the_training_texts_need(mt5_folder):
     for texts in (TEXTS, ["The quick brown fox, 12 %."], ["abc"]):
         model = pretrained_model(mt5_folder, texts)
+        keep = model.codec.keep
         full = TextCodec(model.mt5_tokenizer, 64)
-        assert [[model.codec.keep[row] for row in model.codec.ids(text)] for text in texts] == [
-            full.ids(text) for text in texts
-        ]
+        for text in texts:
+            assert [keep[row] for row in model.codec.ids(text)] == full.ids(text), text
         special = [
             model.mt5_tokenizer.pad_token_id,
             model.mt5_tokenizer.eos_token_id,
             model.mt5_tokenizer.unk_token_id,
         ]
-        assert [model.codec.keep.index(i) for i in special] == special, (
+        assert [keep.index(piece) for piece in special] == special, (
             "pad, end and unknown keep their places"
         )
 
 
 def test_a_piece_that_was_cut_is_spelled(mt5_folder):
-    """A dev text may hold a word that no training text has: its characters are kept, and so is the
-    text.
+    """A dev text may hold a word that no training text has.
+
+    Its characters are kept, and so is the text.
     """
     texts = ["今天我在学校。", "明天他去商店！", "你好吗？"]
     model = pretrained_model(mt5_folder, texts)
-    pieces, known = model.mt5_tokenizer.get_vocab(), set(model.codec.keep)
-    cut = [
-        piece
-        for piece, i in pieces.items()
-        if i not in known
-        and len(piece) == 2
-        and piece[0] != "▁"
-        and all("一" <= character <= "鿿" and character in pieces for character in piece)
-    ][:20]
+    pieces = model.mt5_tokenizer.get_vocab()
+    kept = set(model.codec.keep)
+
+    def is_chinese(piece):
+        """Of characters that are pieces themselves."""
+        return all("一" <= character <= "鿿" and character in pieces for character in piece)
+
+    cut = []
+    for piece, index in pieces.items():
+        if index not in kept and len(piece) == 2 and is_chinese(piece):
+            cut.append(piece)
     assert cut, (
         "the vocabulary has no two-character piece that was cut: the test needs another text"
     )
-    for word in cut:
+    for word in cut[:20]:
         rows = model.codec.ids(word)
         assert model.codec.unknown not in rows, f"{word} is unknown"
         assert model.codec.decode(model.codec.encode([word]).clamp(min=0)) == [word]
@@ -945,20 +981,21 @@ def test_a_piece_that_was_cut_is_spelled(mt5_folder):
 def test_what_nothing_can_spell_is_the_unknown_piece_and_no_crash(mt5_folder):
     model = pretrained_model(mt5_folder, ["abc"])
     rows = model.codec.ids("𓀀")
-    assert model.codec.unknown in rows and max(rows) < len(model.codec)
+    assert model.codec.unknown in rows
+    assert max(rows) < len(model.codec)
 
 
 def test_rows_that_are_no_text_are_never_decoded(mt5_folder):
-    """mT5's tables have more rows than its vocabulary pieces, and raw mT5 emits <extra_id_0>."""
+    """mT5's tables have more rows than there are pieces, and raw mT5 emits <extra_id_0>."""
     model = pretrained_model(mt5_folder, trim_vocabulary=False)
-    rows, stored = model.mt5_model.lm_head.out_features, load_file(mt5_folder / "model.safetensors")
-    assert rows == len(model.codec) < len(stored["lm_head.weight"]), (
-        f"{rows} rows, {len(model.codec)} pieces"
-    )
+    rows = model.mt5_model.lm_head.out_features
+    stored = load_file(mt5_folder / "model.safetensors")
+    assert rows == len(model.codec)
+    assert rows < len(stored["lm_head.weight"])
     pieces = model.codec.pieces()
-    assert len(pieces) == rows and not [
-        piece for piece in pieces if piece is None or "extra_id" in piece
-    ]
+    assert len(pieces) == rows
+    assert None not in pieces
+    assert not any("extra_id" in piece for piece in pieces)
 
 
 def round_trip(codec, texts):
@@ -967,35 +1004,36 @@ def round_trip(codec, texts):
 
 @pytest.mark.parametrize("kind", ["scratch", "trimmed", "full tables"])
 def test_the_vocabulary_gives_back_a_text_nfkc_normalised(mt5_folder, clips, kind):
-    """So no output equals a raw reference with full-width punctuation: scores must normalise both
-    sides.
+    """So no output equals a raw reference with full-width punctuation.
+
+    Scores must normalise both sides.
     """
-    texts = [e["text"] for e in clips.entries]
-    model = (
-        scratch_model(clips)
-        if kind == "scratch"
-        else pretrained_model(mt5_folder, texts if kind == "trimmed" else None)
-    )
-    found, wanted = (
-        round_trip(model.codec, texts),
-        [unicodedata.normalize("NFKC", text) for text in texts],
-    )
-    changed = sum(a != b for a, b in zip(wanted, texts))
-    assert found == wanted and changed > 0, (
-        f"{sum(a != b for a, b in zip(found, wanted))} of {len(texts)} differ"
-    )
+    texts = texts_of(clips)
+    if kind == "scratch":
+        model = scratch_model(clips)
+    elif kind == "trimmed":
+        model = pretrained_model(mt5_folder, texts)
+    else:
+        model = pretrained_model(mt5_folder)
+    wanted = [unicodedata.normalize("NFKC", text) for text in texts]
+    assert wanted != texts, "or the test shows nothing"
+    assert round_trip(model.codec, texts) == wanted
 
 
 def test_the_real_labels_survive_the_real_vocabulary(mt5_folder):
     folder = shared("csl_daily_labels")
-    train, dev = (
-        [e["text"] for e in load_dataset_file(folder / f"labels.{split}").values()]
-        for split in ("train", "dev")
-    )
+    train = [entry["text"] for entry in load_dataset_file(folder / "labels.train").values()]
+    dev = [entry["text"] for entry in load_dataset_file(folder / "labels.dev").values()]
     codec = pretrained_model(mt5_folder, train).codec
-    found = round_trip(codec, dev)
-    wanted = ["".join(unicodedata.normalize("NFKC", text).split()) for text in dev]
-    wrong = [(a, b) for a, b in zip(found, wanted) if "".join(a.split()) != b]
+
+    def without_spaces(text):
+        return "".join(text.split())
+
+    wrong = []
+    for found, text in zip(round_trip(codec, dev), dev):
+        wanted = unicodedata.normalize("NFKC", text)
+        if without_spaces(found) != without_spaces(wanted):
+            wrong.append((found, wanted))
     assert not wrong, f"{len(wrong)} of {len(dev)}: {wrong[:3]}"
     unknown = [text for text in dev if codec.unknown in codec.ids(text)]
     assert not unknown, f"{len(unknown)} of {len(dev)} with an unknown piece: {unknown[:3]}"
@@ -1013,31 +1051,36 @@ def test_a_vocabulary_can_be_learnt_from_next_to_nothing(texts):
 
 @pytest.mark.parametrize("kind", ["scratch", "trimmed"])
 def test_a_long_text_is_cut_at_max_text_length_and_keeps_its_end(mt5_folder, clips, kind):
-    """The original read max_text_length nowhere. Without its end a text teaches the model never to
-    stop.
+    """The original read max_text_length nowhere.
+
+    Without its end a text teaches the model never to stop.
     """
-    texts = [e["text"] for e in clips.entries]
-    model = (
-        scratch_model(clips, max_text_length=6)
-        if kind == "scratch"
-        else pretrained_model(mt5_folder, texts, max_text_length=6)
-    )
-    labels = model.codec.encode(["".join(texts[:3]), texts[0][:2]])
+    texts = texts_of(clips)
+    if kind == "scratch":
+        model = scratch_model(clips, max_text_length=6)
+    else:
+        model = pretrained_model(mt5_folder, texts, max_text_length=6)
     end = model.mt5_tokenizer.eos_token_id
-    assert labels.shape[1] == 6 and labels[0, -1] == end, labels.tolist()
-    whole = model.codec.ids("".join(texts[:3]))
-    assert labels[0, :5].tolist() == whole[:5] and len(whole) > 6
-    short = model.codec.ids(texts[0][:2])
-    assert labels[1].tolist() == short + [-100] * (6 - len(short)) and short[-1] == end
+    long_text = "".join(texts[:3])
+    short_text = texts[0][:2]
+    labels = model.codec.encode([long_text, short_text])
+    assert labels.shape[1] == 6
+
+    whole = model.codec.ids(long_text)
+    assert len(whole) > 6
+    assert labels[0].tolist() == whole[:5] + [end]
+
+    short = model.codec.ids(short_text)
+    assert short[-1] == end
+    assert labels[1].tolist() == short + [-100] * (6 - len(short))
 
 
 def test_a_model_works_with_a_local_mt5_alone(mt5_folder, clips):
     model = SignLanguageLite(pretrained_config(mt5_folder))
     output = model(*batch_of(clips, [0, 1]))
-    assert (
-        torch.isfinite(output.loss)
-        and len(model.generate(batch_of(clips, [0])[0], max_new_tokens=4)) == 1
-    )
+    assert torch.isfinite(output.loss)
+    src_input, _ = batch_of(clips, [0])
+    assert len(model.generate(src_input, max_new_tokens=4)) == 1
 
 
 def test_from_scratch_needs_texts_and_says_so():
@@ -1045,65 +1088,92 @@ def test_from_scratch_needs_texts_and_says_so():
         SignLanguageLite(scratch_config())
 
 
-# ------------------------------------------------------------------------- a missing mT5
+# ------------------------------------------------------------ a missing mT5
 
-BAD_MT5 = [
-    "no such folder",
-    "a hub name, no network",
-    "empty",
-    "weights",
-    "spiece.model",
-    "config.json",
-    "no weights",
-    "no spiece.model",
-    "no config.json",
-    "a file",
-]
+MT5_FILES = {
+    "weights": "model.safetensors",
+    "spiece.model": "spiece.model",
+    "config.json": "config.json",
+}
 
 
-@pytest.mark.parametrize("fault", BAD_MT5)
-def test_an_mt5_path_that_cannot_be_used_is_a_config_error_that_names_it(
-    mt5_folder, tmp_path, fault
-):
-    path = tmp_path / "mt5"
-    if fault not in ("no such folder", "a hub name, no network", "a file"):
-        shutil.copytree(mt5_folder, path)
+def break_mt5(path, mt5_folder, fault):
+    """Leave at `path` what this fault leaves of an mT5."""
+    if fault == "no such folder":
+        return
     if fault == "empty":
-        shutil.rmtree(path)
         path.mkdir()
     elif fault == "a file":
         path.write_bytes(b"")
-    elif fault.startswith("no ") and fault != "no such folder":
-        (path / fault[3:].replace("weights", "model.safetensors")).unlink()
-    elif fault in ("weights", "spiece.model", "config.json"):
-        (path / fault.replace("weights", "model.safetensors")).write_bytes(b"garbage")
-    name = "sign-language-lite/no-such-mt5" if "hub" in fault else str(path)
+    elif fault.startswith("no "):
+        shutil.copytree(mt5_folder, path)
+        (path / MT5_FILES[fault.removeprefix("no ")]).unlink()
+    else:
+        shutil.copytree(mt5_folder, path)
+        (path / MT5_FILES[fault]).write_bytes(b"garbage")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "no such folder",
+        "a hub name, no network",
+        "empty",
+        "weights",
+        "spiece.model",
+        "config.json",
+        "no weights",
+        "no spiece.model",
+        "no config.json",
+        "a file",
+    ],
+)
+def test_an_mt5_path_that_cannot_be_used_is_a_config_error_that_names_it(
+    mt5_folder, tmp_path, fault
+):
+    if fault == "a hub name, no network":
+        name = "sign-language-lite/no-such-mt5"
+    else:
+        name = str(tmp_path / "mt5")
+        break_mt5(tmp_path / "mt5", mt5_folder, fault)
     with pytest.raises(ConfigError, match="mt5_path") as caught:
         SignLanguageLite(TrainConfig(mt5_path=name), texts=TEXTS)
-    assert name in str(caught.value) and "\n" not in str(caught.value).strip(), caught.value
+    message = str(caught.value)
+    assert name in message
+    assert "\n" not in message.strip(), message
 
 
-# --------------------------------------------------------------------- memory, a start elsewhere
+# ------------------------------------------------------------ memory, a start elsewhere
 
 
 def test_gradient_checkpointing_recomputes_and_changes_no_gradient(mt5_folder, clips):
     """The original's option did nothing."""
-    gradients, calls = [], []
-    for option in (False, True):
-        model = without_dropout(pretrained_model(mt5_folder, TEXTS, gradient_checkpointing=option))
-        count = [0]
-        for stack in (model.mt5_model.encoder, model.mt5_model.decoder):
-            stack.block[0].layer[0].register_forward_hook(
-                lambda *_, count=count: count.__setitem__(0, count[0] + 1)
-            )
-        model(*batch_of(clips, [0, 1])).loss.backward()
-        calls.append(count[0])
-        gradients.append(
-            {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    def calls_and_gradients(gradient_checkpointing):
+        """How often the two first blocks run in a step, and the gradients."""
+        model = without_dropout(
+            pretrained_model(mt5_folder, TEXTS, gradient_checkpointing=gradient_checkpointing)
         )
-    assert calls == [2, 4], f"first blocks ran {calls[0]} and {calls[1]} times"
-    assert gradients[0].keys() == gradients[1].keys()
-    off = max((gradients[0][name] - gradients[1][name]).abs().max().item() for name in gradients[0])
+        calls = []
+
+        def note_the_call(*_):
+            calls.append(1)
+
+        for stack in (model.mt5_model.encoder, model.mt5_model.decoder):
+            stack.block[0].layer[0].register_forward_hook(note_the_call)
+        model(*batch_of(clips, [0, 1])).loss.backward()
+        gradients = {}
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                gradients[name] = parameter.grad
+        return len(calls), gradients
+
+    calls, gradients = calls_and_gradients(False)
+    calls_again, recomputed = calls_and_gradients(True)
+    assert calls == 2
+    assert calls_again == 4
+    assert gradients.keys() == recomputed.keys()
+    off = max((gradients[name] - recomputed[name]).abs().max().item() for name in gradients)
     assert off < 1e-6, f"off by {off:.2e}"
 
 
@@ -1122,30 +1192,36 @@ def test_init_from_keeps_the_rows_of_shared_pieces_and_names_what_begins_anew(
     before = {name: value.clone() for name, value in model.state_to_save().items()}
     capsys.readouterr()
     model.init_from(best)
-    printed, after, source = capsys.readouterr().out, model.state_to_save(), other.state_to_save()
-    theirs, ours = other.codec.pieces(), model.codec.pieces()
-    both = [(i, theirs.index(piece)) for i, piece in enumerate(ours) if piece in theirs]
-    alone = [i for i, piece in enumerate(ours) if piece not in theirs]
-    assert len(both) > 10 and alone, "the test needs pieces that are shared and some that are not"
-    for table in ("mt5_model.shared.weight", "mt5_model.lm_head.weight"):
-        assert all(torch.equal(after[table][i], source[table][j]) for i, j in both), table
-        assert torch.equal(after[table][alone], before[table][alone]), table
-    differ = [
-        name
-        for name in after
-        if "shared" not in name
-        and "lm_head" not in name
-        and after[name].shape != source[name].shape
-    ]
-    assert {name.split(".")[0] for name in differ} == {"position", "gloss_head"}
+    printed = capsys.readouterr().out
+    after = model.state_to_save()
+    source = other.state_to_save()
+
+    source_pieces = other.codec.pieces()
+    source_rows = {}  # row in this model -> row in the other
+    new_rows = []
+    for row, piece in enumerate(model.codec.pieces()):
+        if piece in source_pieces:
+            source_rows[row] = source_pieces.index(piece)
+        else:
+            new_rows.append(row)
+    assert len(source_rows) > 10, "the test needs pieces that are shared"
+    assert new_rows, "the test needs pieces that are not shared"
+    assert f"{len(source_rows)} of {len(model.codec.pieces())}" in printed, printed
+
+    begins_anew = set()
     for name in after:
-        if name in differ:
-            assert name in printed and torch.equal(after[name], before[name]), (
-                f"{name} in {printed}"
-            )
-        elif "shared" not in name and "lm_head" not in name:
+        if name in ("mt5_model.shared.weight", "mt5_model.lm_head.weight"):
+            for row, source_row in source_rows.items():
+                assert torch.equal(after[name][row], source[name][source_row]), name
+            assert torch.equal(after[name][new_rows], before[name][new_rows]), name
+        elif after[name].shape != source[name].shape:
+            assert name in printed, printed
+            assert torch.equal(after[name], before[name]), name
+            begins_anew.add(name.split(".")[0])
+        else:
             assert torch.equal(after[name], source[name]), name
-    assert f"{len(both)} of {len(ours)}" in printed and not tied(model), printed
+    assert begins_anew == {"position", "gloss_head"}
+    assert not tied(model), tied(model)
 
 
 def test_init_from_what_is_no_run_is_refused(clips, tmp_path):
@@ -1159,18 +1235,28 @@ def test_the_body_keeps_the_order_of_its_joints():
 
 
 def test_no_output_grows_far_beyond_the_longest_training_text(clips, tmp_path):
-    """Else a model that repeats a word without end spoils the BLEU of a whole split, and best/ with
-    it.
-    """
-    model, rows = scratch_model(clips), []
+    """Else a model that repeats a word without end spoils a whole split's BLEU, and best/ too."""
+    model = scratch_model(clips)
     nn.init.zeros_(model.mt5_model.lm_head.weight)  # all pieces alike: the end is never chosen
-    longest = max(len(model.codec.ids(entry["text"])) for entry in clips.entries)
+    loaded = SignLanguageLite.from_pretrained(save_best(model, tmp_path / "best"))
+    longest = max(len(model.codec.ids(text)) for text in texts_of(clips))
     src_input, _ = batch_of(clips, [0, 1])
-    for one in (model, SignLanguageLite.from_pretrained(save_best(model, tmp_path / "best"))):
-        one.codec.decode = lambda found: rows.append(found.shape[1] - 1) or [""] * len(found)
-        one.generate(src_input, max_new_tokens=64)
-        one.generate(src_input, max_new_tokens=3)
-    assert rows == [longest * 5 // 4 + 1, 3] * 2, f"longest {longest}, generated {rows}"
+
+    def pieces_generated(model, max_new_tokens):
+        lengths = []
+
+        def note_the_length(rows):
+            lengths.append(rows.shape[1] - 1)  # without the piece that decoding starts with
+            return [""] * len(rows)
+
+        model.codec.decode = note_the_length
+        model.generate(src_input, max_new_tokens=max_new_tokens)
+        (length,) = lengths
+        return length
+
+    for each in (model, loaded):
+        assert pieces_generated(each, max_new_tokens=64) == longest * 5 // 4 + 1
+        assert pieces_generated(each, max_new_tokens=3) == 3
 
 
 def test_mt5_beside_the_scripts_is_taken_where_the_path_is_left_at_its_default(

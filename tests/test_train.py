@@ -1121,3 +1121,28 @@ def test_defaults_that_the_scratch_configuration_sets_are_named_before_training(
     assert command("--data_dir", demo, "--mt5_path=", "--resume", "nowhere.pt") == 1
     line = capsys.readouterr().err.splitlines()[0]
     assert line.startswith("ScratchConfig sets: batch_size 32 (TrainConfig: 2), ")
+
+
+def test_other_processes_leave_the_scores_to_the_first(finished, demo, tmp_path, monkeypatch):
+    """Under torchrun each would score its share and write it over the others'."""
+    folder = shutil.copytree(finished / "best", tmp_path / "best")
+    monkeypatch.setattr(train_lite, "find_place", lambda config: Place(1, 2))
+    assert command("evaluate", folder, "--data_dir", demo) == 0
+    assert not (folder / "metrics_dev.json").exists()
+    monkeypatch.setattr(train_lite, "find_place", lambda config: Place(0, 2))
+    assert command("evaluate", folder, "--data_dir", demo) == 0
+    lines = (folder / "predictions_dev.txt").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 1 + 10, "a heading, and every clip of dev"
+
+
+def test_a_field_written_as_a_plain_default_is_still_an_option(demo, monkeypatch):
+    """The natural edit: `epochs: int = 20`, as ScratchConfig's fields read."""
+    monkeypatch.setattr(train_lite.TrainConfig.__dataclass_fields__["batch_size"], "metadata", {})
+    assert parsed_config("--data_dir", demo, "--batch_size", 4).batch_size == 4
+    assert parsed_config("--data_dir", demo, "--batch-size", 4).batch_size == 4
+
+
+@pytest.mark.parametrize("word, value", [("yes", True), ("0", False), ("True", True)])
+def test_truth_values_may_be_said_in_several_ways(demo, word, value):
+    assert parsed_config("--data_dir", demo, "--augment", word).augment is value
+    assert command("--data_dir", demo, "--augment", "perhaps") == 2
