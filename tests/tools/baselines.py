@@ -1,6 +1,7 @@
-"""What the reference is measured against: a nearest neighbour and a recurrent network.
+"""What the network must beat: the nearest training clip, and a recurrent network.
 
-Both see the features of the reference's first layers.
+Both read the features that the product's first layers read. Like every way to run a row, each takes
+the configuration and the run's folder, and gives {"curve": [scores of dev, ...], "test": scores}.
 """
 
 import math
@@ -8,141 +9,185 @@ import unicodedata
 
 import torch
 import torch.nn.functional as F
-from common import load_split, note
+from common import VALIDATIONS, count_parameters, load_split, note
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.data import DataLoader
 
-import train_lite
 from datasets_lite import LEFT_WRIST, RIGHT_WRIST
 from models_lite import hand_features, part_features
+from train_lite import compute_metrics, make_optimizer
 
-VALIDATIONS = 10  # of a run, about
+SPLITS = ("train", "dev", "test")
 
 
 def features(src_input):
-    """What the reference's first layers see, all parts in one: (B, T, F)."""
-    body, left, right = (src_input[part] for part in ("body", "left", "right"))
-    return torch.cat(
-        [
-            part_features(body),
-            hand_features(left, body[:, :, LEFT_WRIST], mirror=True),
-            hand_features(right, body[:, :, RIGHT_WRIST], mirror=False),
-        ],
-        -1,
-    )
+    """What the product's first layers see, all parts in one: (B, T, F)."""
+    body = src_input["body"]
+    left = hand_features(src_input["left"], body[:, :, LEFT_WRIST], mirror=True)
+    right = hand_features(src_input["right"], body[:, :, RIGHT_WRIST], mirror=False)
+    return torch.cat([part_features(body), left, right], -1)  # (B, T, F)
+
+
+def texts_of(data):
+    return [entry["text"] for entry in data.entries]
+
+
+# ---------------------------------------------------------------------- 1-nearest neighbour
 
 
 def nearest(config, folder):
-    """1-nearest neighbour: features at 32 frames, the text of the closest training clip."""
-    flat, texts, scores = {}, {}, {}
-    for split in ("train", "dev", "test"):
-        data = load_split(config, split)
-        clips = [features(data.collate_fn([data[i]])[0]).transpose(1, 2) for i in range(len(data))]
-        flat[split] = torch.stack(
-            [F.interpolate(clip, 32, mode="linear").flatten() for clip in clips]
-        )
-        texts[split] = [entry["text"] for entry in data.entries]
+    """The text of the closest training clip, every clip resampled to 32 frames."""
+    train = load_split(config, "train")
+    train_vectors = clip_vectors(train)
+    train_texts = texts_of(train)
+    scores = {}
     for split in ("dev", "test"):
-        found = [texts["train"][i] for i in torch.cdist(flat[split], flat["train"]).argmin(1)]
-        scores[split] = train_lite.compute_metrics(found, texts[split], config.language)
-    note(f"{flat['train'].shape[1]:,} figures a clip")
+        data = load_split(config, split)
+        closest = torch.cdist(clip_vectors(data), train_vectors).argmin(1)  # (clips)
+        found = [train_texts[i] for i in closest]
+        scores[split] = compute_metrics(found, texts_of(data), config.language)
+    note(f"{train_vectors.shape[1]:,} figures a clip")
     return {"curve": [{"step": 0, **scores["dev"]}], "test": scores["test"]}
 
 
+def clip_vectors(data, frames=32):
+    """A data set's clips, each as one vector: (clips, F * frames)."""
+    vectors = []
+    for i in range(len(data)):
+        src_input, _ = data.collate_fn([data[i]])
+        clip = features(src_input).transpose(1, 2)  # (1, F, T)
+        clip = F.interpolate(clip, frames, mode="linear")  # (1, F, frames)
+        vectors.append(clip.flatten())  # (F * frames)
+    return torch.stack(vectors)  # (clips, F * frames)
+
+
+# ---------------------------------------------------------------------- a recurrent network
+
+
 class Gru(nn.Module):
-    """A two-layer bidirectional GRU; one word a clip from its mean over time, or CTC over words."""
+    """A bidirectional GRU of two layers over the features.
+
+    single: every text is one word, read from the mean over time. Otherwise CTC over words.
+    """
 
     def __init__(self, size, words, single):
         super().__init__()
-        self.words, self.single = words, single
-        self.enter, self.dropout = nn.Linear(size, 128), nn.Dropout(0.2)
+        self.words = words
+        self.single = single
+        self.enter = nn.Linear(size, 128)
+        self.dropout = nn.Dropout(0.2)
         self.gru = nn.GRU(128, 192, num_layers=2, batch_first=True, bidirectional=True, dropout=0.2)
-        self.head = nn.Linear(2 * 192, 1 + len(words))  # 0 = CTC's blank
+        self.head = nn.Linear(2 * 192, 1 + len(words))  # class 0 is CTC's blank
 
     def forward(self, src_input):
-        """-> log-probabilities (B, T, words), for one word a clip (B, words)."""
-        x, lengths = self.dropout(F.gelu(self.enter(features(src_input)))), src_input["src_length"]
-        packed = nn.utils.rnn.pack_padded_sequence(
-            x, lengths, batch_first=True, enforce_sorted=False
-        )
-        h, _ = nn.utils.rnn.pad_packed_sequence(self.gru(packed)[0], batch_first=True)
-        return self.head(
-            self.dropout(h.sum(1) / lengths[:, None] if self.single else h)
-        ).log_softmax(-1)
+        """-> log-probabilities (B, T, classes); where a text is a single word (B, classes)."""
+        lengths = src_input["src_length"]
+        x = self.dropout(F.gelu(self.enter(features(src_input))))  # (B, T, 128)
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        packed, _ = self.gru(packed)
+        h, _ = pad_packed_sequence(
+            packed, batch_first=True
+        )  # (B, T, 384), zero beyond a clip's end
+        if self.single:
+            h = h.sum(1) / lengths[:, None]  # (B, 384)
+        return self.head(self.dropout(h)).log_softmax(-1)
 
     def loss(self, src_input, texts):
-        targets = [[1 + self.words.index(word) for word in text] for text in texts]
+        """texts: a list of words a clip."""
+        targets = [self.path_of(text) for text in texts]
         if self.single:
             return F.nll_loss(self(src_input), torch.tensor(targets)[:, 0])
-        sizes, flat = (
-            torch.tensor([len(target) for target in targets]),
-            torch.tensor(sum(targets, [])),
-        )
-        scores, lengths = self(src_input).transpose(0, 1), src_input["src_length"]
-        return F.ctc_loss(scores, flat, lengths, sizes, zero_infinity=True)
+        sizes = torch.tensor([len(target) for target in targets])  # (B)
+        flat = torch.tensor(sum(targets, []))  # (all words)
+        scores = self(src_input).transpose(0, 1)  # (T, B, classes)
+        return F.ctc_loss(scores, flat, src_input["src_length"], sizes, zero_infinity=True)
 
     @torch.no_grad()
     def read(self, src_input):
         """-> each clip's words, by the best path."""
-        best = self.eval()(src_input).argmax(-1)
-        paths = (
-            best[:, None].tolist()
-            if self.single
-            else [
-                row[:length].unique_consecutive().tolist()
-                for row, length in zip(best, src_input["src_length"])
-            ]
-        )
-        return [[self.words[i - 1] for i in path if i] for path in paths]
+        self.eval()
+        best = self(src_input).argmax(-1)  # (B, T), or (B)
+        if self.single:
+            paths = best[:, None].tolist()
+        else:
+            paths = []
+            for row, length in zip(best, src_input["src_length"]):
+                paths.append(row[:length].unique_consecutive().tolist())
+        return [self.words_of(path) for path in paths]
+
+    def path_of(self, text):
+        """A list of words as classes."""
+        return [1 + self.words.index(word) for word in text]
+
+    def words_of(self, path):
+        """A path of classes without the blanks, as words."""
+        return [self.words[number - 1] for number in path if number != 0]
 
 
 def gru(config, folder):
-    """The recurrent baseline on the reference's features, with its batch size, optimiser and
-    schedule.
-    """
+    """The recurrent baseline, with the reference's batch size, optimiser and schedule."""
     torch.manual_seed(config.seed)
-    data = {split: load_split(config, split) for split in ("train", "dev", "test")}
-    glue = "" if config.language == "zh" else " "
-    split_text = str.split if glue else (lambda text: list(unicodedata.normalize("NFKC", text)))
+    data = {split: load_split(config, split) for split in SPLITS}
+    loaders = {}
+    for split, part in data.items():
+        shuffle = split == "train"
+        loaders[split] = DataLoader(part, config.batch_size, shuffle, collate_fn=part.collate_fn)
+    model = make_gru(data["train"], loaders["dev"], config.language)
+    batches = len(loaders["train"])
+    optimizer, scheduler = make_optimizer(model, config, config.max_steps, batches)
+    interval = max(1, config.max_steps // VALIDATIONS)
     curve = []
-    step = 0
-    epoch = 0
-    texts = [split_text(entry["text"]) for entry in data["train"].entries]
-    loaders = {
-        split: DataLoader(part, config.batch_size, split == "train", collate_fn=part.collate_fn)
-        for split, part in data.items()
-    }
-    size = features(next(iter(loaders["dev"]))[0]).shape[-1]
-    model = Gru(
-        size, sorted({word for text in texts for word in text}), single=max(map(len, texts)) == 1
-    )
-    optimizer, scheduler = train_lite.make_optimizer(
-        model, config, config.max_steps, len(loaders["train"])
-    )
-    parameters = sum(p.numel() for p in model.parameters())
-    note(f"{parameters:,} parameters, {'one word a clip' if model.single else 'CTC'}")
+    for step, (src_input, tgt_input) in enumerate(endless(loaders["train"]), 1):
+        texts = [split_text(text, config.language) for text in tgt_input["gt_sentence"]]
+        model.train()
+        loss = model.loss(src_input, texts)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        if step % interval == 0 or step == config.max_steps:
+            scores = score(model, loaders["dev"], config.language)
+            curve.append({"step": step, "train_loss": loss.item(), **scores})
+        if step == config.max_steps:
+            break
+    return {"curve": curve, "test": score(model, loaders["test"], config.language)}
 
-    def scores(split):
-        found = [
-            glue.join(words) for src_input, _ in loaders[split] for words in model.read(src_input)
-        ]
-        return train_lite.compute_metrics(
-            found, [e["text"] for e in data[split].entries], config.language
-        )
 
-    while step < config.max_steps:
-        for src_input, tgt_input in loaders["train"]:
-            loss = model.train().loss(src_input, map(split_text, tgt_input["gt_sentence"]))
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            step += 1
-            if step % max(1, config.max_steps // VALIDATIONS) == 0 or step == config.max_steps:
-                curve.append({"step": step, "train_loss": loss.item(), **scores("dev")})
-            if step == config.max_steps:
-                break
-        epoch += 1
-        data["train"].begin_epoch(epoch)
-    return {"curve": curve, "test": scores("test")}
+def make_gru(train, loader, language):
+    """A model for the words of the training texts; any loader's batch shows the features' size."""
+    texts = [split_text(text, language) for text in texts_of(train)]
+    words = set()
+    for text in texts:
+        words.update(text)
+    single = max(len(text) for text in texts) == 1
+    src_input, _ = next(iter(loader))
+    size = features(src_input).shape[-1]
+    model = Gru(size, sorted(words), single)
+    kind = "one word a clip" if single else "CTC"
+    note(f"{count_parameters(model):,} parameters, {kind}")
+    return model
+
+
+def endless(loader):
+    """The loader's batches, epoch after epoch; the data set's augmentation goes by its epoch."""
+    while True:
+        yield from loader
+        loader.dataset.begin_epoch(loader.dataset.epoch + 1)
+
+
+def split_text(text, language):
+    """What counts as a word: in Chinese a character."""
+    if language == "zh":
+        return list(unicodedata.normalize("NFKC", text))
+    return text.split()
+
+
+def score(model, loader, language):
+    """The model's texts of a split, scored as the product scores its own."""
+    glue = "" if language == "zh" else " "
+    found = []
+    for src_input, _ in loader:
+        found += [glue.join(words) for words in model.read(src_input)]
+    return compute_metrics(found, texts_of(loader.dataset), language)

@@ -1,13 +1,11 @@
 """Kill a run at random moments until it is done, and compare it with one that nobody disturbed.
 
-    python tests/tools/crash.py [--kills 50] [--seed 0]
+    python tests/tools/crash.py [--kills 50] [--seed 0] [--steps 800]
 
 Each kill is a SIGKILL between 0 and 3 s after the run began to train (every third one waits for a
-file that is
-being written); then the same command goes on. At the end every parameter must be equal, bit for
-bit, last.pt and
-best/ must have been readable after every kill, and metrics.jsonl must tell the same story. About 10
-minutes on 2 cores.
+file that is being written); then the same command goes on. At the end every parameter must be
+equal, bit for bit, last.pt and best/ must have been readable after every kill, and metrics.jsonl
+must tell the same story. About 10 minutes on 2 cores.
 """
 
 import argparse
@@ -25,42 +23,37 @@ from safetensors.torch import load_file
 
 from datasets_lite import make_demo_corpus
 
+LONGEST_WAIT = 20  # seconds for a file that is being written
+
 
 def command(folder, name, steps):
-    """The command line of one run; --augment and two loading processes make it as random as a run
-    gets.
-    """
-    return [
-        sys.executable,
-        str(ROOT / "train_lite.py"),
-        "--data_dir",
-        str(folder / "corpus"),
-        "--mt5_path=",
-        "--output_dir",
-        str(folder / name),
-        "--max_steps",
-        str(steps),
-        "--batch_size",
-        "4",
-        "--augment",
-        "--gradient_accumulation",
-        "3",
-        "--d_model",
-        "32",
-        "--num_layers",
-        "1",
-        "--val_interval",
-        "2",
-        "--log_interval",
-        "1",
-        "--max_new_tokens",
-        "8",
-    ]
+    """The command line of one run; --augment and two loading processes: as random as a run gets."""
+    options = {
+        "--data_dir": folder / "corpus",
+        "--mt5_path": "",
+        "--output_dir": folder / name,
+        "--max_steps": steps,
+        "--batch_size": 4,
+        "--gradient_accumulation": 3,
+        "--d_model": 32,
+        "--num_layers": 1,
+        "--val_interval": 2,
+        "--log_interval": 1,
+        "--max_new_tokens": 8,
+    }
+    words = [sys.executable, str(ROOT / "train_lite.py"), "--augment"]
+    words += [f"{option}={value}" for option, value in options.items()]
+    return words
+
+
+def run_to_its_end(arguments):
+    subprocess.run(arguments, check=True, stdout=subprocess.DEVNULL)
 
 
 def kill_once(arguments, out, rng, on_write):
-    """Start the run, kill it after a random moment of training -> whether it was killed (it may be
-    done before).
+    """Start the run, kill it after a random moment of training -> whether it was killed.
+
+    It may be done before. on_write: wait for a file that is being written.
     """
     with subprocess.Popen(
         arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -69,12 +62,11 @@ def kill_once(arguments, out, rng, on_write):
             if line.startswith(("writing to", "resumed from")):
                 break
         deadline = time.monotonic() + rng.uniform(0, 3)
-        while time.monotonic() < deadline or on_write:
-            if run.poll() is not None:
+        while run.poll() is None:
+            now = time.monotonic()
+            if not on_write and now >= deadline:
                 break
-            if on_write and list(out.glob("*.part")):
-                break
-            if time.monotonic() > deadline + 20:
+            if on_write and (is_writing(out) or now > deadline + LONGEST_WAIT):
                 break
             time.sleep(0.0005)
         run.kill()
@@ -82,17 +74,50 @@ def kill_once(arguments, out, rng, on_write):
         return run.wait() < 0
 
 
-def readable(out):
-    """Whether last.pt and best/ (or best.old, between two renames) are whole; absent ones were not
-    yet written.
-    """
-    if (out / "last.pt").exists():
-        torch.load(out / "last.pt", weights_only=True)
-    best = next((out / name for name in ("best", "best.old") if (out / name).exists()), None)
+def is_writing(out):
+    """Whether there is a half-written file; a kill leaves it there."""
+    return any(out.glob("*.part"))
+
+
+def saved_step(out):
+    """The step of last.pt, 0 where none was written yet. Fails where it or best/ is not whole."""
+    best = find_best(out)
     if best:
         load_file(best / "model.safetensors")
         json.loads((best / "metrics.json").read_text(encoding="utf-8"))
-    return (out / "last.pt").exists()
+    last = out / "last.pt"
+    if not last.exists():
+        return 0
+    return torch.load(last, weights_only=True)["step"]
+
+
+def find_best(out):
+    """best/, or best.old, which is all there is between two renames, or None."""
+    for name in ("best", "best.old"):
+        if (out / name).exists():
+            return out / name
+    return None
+
+
+def kill_again_and_again(folder, args):
+    """-> how many of the kills left a half-written file."""
+    rng = random.Random(args.seed)
+    out = folder / "killed"
+    arguments = command(folder, "killed", args.steps)
+    writes = 0
+    for kill in range(args.kills):
+        on_write = kill % 3 == 2
+        if not kill_once(arguments, out, rng, on_write):
+            raise SystemExit(f"the run was done after {kill} kills: give more --steps")
+        if is_writing(out):
+            writes += 1
+        print(f"kill {kill + 1:3d}: last.pt at step {saved_step(out)}", flush=True)
+    return writes
+
+
+def story(state):
+    """What metrics.jsonl tells that does not depend on time."""
+    return [(line["step"], line["dev_loss"], line["bleu4"]) for line in state["history"]]
 
 
 def main():
@@ -103,34 +128,26 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=800)
     args = parser.parse_args()
-    rng, started = random.Random(args.seed), time.monotonic()
+    started = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_demo_corpus(folder / "corpus", seed=0, splits={"train": 40, "dev": 6, "test": 2})
-        subprocess.run(command(folder, "whole", args.steps), check=True, stdout=subprocess.DEVNULL)
-        out, kills, writes = folder / "killed", 0, 0
-        while kills < args.kills:
-            on_write = kills % 3 == 2
-            if not kill_once(command(folder, "killed", args.steps), out, rng, on_write):
-                raise SystemExit(f"the run was done after {kills} kills: give more --steps")
-            kills, writes = kills + 1, writes + bool(list(out.glob("*.part")))
-            step = torch.load(out / "last.pt", weights_only=True)["step"] if readable(out) else 0
-            print(f"kill {kills:3d}: last.pt at step {step}", flush=True)
-        subprocess.run(command(folder, "killed", args.steps), check=True, stdout=subprocess.DEVNULL)
-        one, two = (
-            torch.load(folder / run / "last.pt", weights_only=True) for run in ("whole", "killed")
-        )
-        unequal = [n for n in one["model"] if not torch.equal(one["model"][n], two["model"][n])]
-        history = [
-            [(m["step"], m["dev_loss"], m["bleu4"]) for m in state["history"]]
-            for state in (one, two)
-        ]
+        run_to_its_end(command(folder, "whole", args.steps))
+        writes = kill_again_and_again(folder, args)
+        run_to_its_end(command(folder, "killed", args.steps))
+        whole = torch.load(folder / "whole" / "last.pt", weights_only=True)
+        killed = torch.load(folder / "killed" / "last.pt", weights_only=True)
+    unequal = 0
+    for name, value in whole["model"].items():
+        if not torch.equal(value, killed["model"][name]):
+            unequal += 1
+    same_story = story(whole) == story(killed)
     print(
-        f"{kills} kills, {writes} of them while a file was written; no checkpoint unreadable; "
-        f"{len(unequal)} of {len(one['model'])} parameters differ; validations "
-        f"{'equal' if history[0] == history[1] else 'DIFFER'}; {time.monotonic() - started:.0f} s"
+        f"{args.kills} kills, {writes} of them while a file was being written; "
+        f"no checkpoint unreadable; {unequal} of {len(whole['model'])} parameters differ; "
+        f"validations {'equal' if same_story else 'DIFFER'}; {time.monotonic() - started:.0f} s"
     )
-    return 1 if unequal or history[0] != history[1] else 0
+    return 1 if unequal or not same_story else 0
 
 
 if __name__ == "__main__":

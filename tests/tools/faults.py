@@ -1,7 +1,9 @@
-"""Patches of the product: a fault of the original put back, or a choice taken out.
+"""Patches of the product: the first half puts faults back, the second takes choices out.
 
-The product has no switch for bugs. A patch takes the place of one function for this process, and
-`prove` fails the run where it changes nothing.
+The product has no switch for bugs. A patch is a function without arguments; calling it changes the
+product in this process, for good. Most come from `instead_of`: the function under it is called in
+the place of the product's own, which it is given as its first argument. Each patch proves in its
+run that it did something.
 """
 
 import math
@@ -9,7 +11,15 @@ import unicodedata
 
 import torch
 import torch.nn.functional as F
-from common import BODY_BONES, HAND_BONES, PROOFS, NotApplicable, count_clips, note, prove
+from common import (
+    BODY_BONES,
+    HAND_BONES,
+    NotApplicable,
+    count_clips,
+    count_parameters,
+    note,
+    prove,
+)
 from sacrebleu.metrics import BLEU
 from torch import nn
 
@@ -21,70 +31,85 @@ from models_lite import IGNORE, SignLanguageLite, part_features
 
 
 def instead_of(owner, name):
-    """A patch of the function below: it takes owner.name's place, the right one as its first
-    argument.
-    """
+    """Make a patch of the function below: it takes the place of owner.name."""
 
     def decorate(function):
         def patch():
-            right = getattr(owner, name)
-            setattr(owner, name, lambda *arguments, **more: function(right, *arguments, **more))
+            products_own = getattr(owner, name)
+
+            def replacement(*arguments, **options):
+                return function(products_own, *arguments, **options)
+
+            setattr(owner, name, replacement)
 
         return patch
 
     return decorate
 
 
-# ---------------------------------------------------------------------- faults put back
+# ---------------------------------------------------------------------- faults of the loss
 
 
 @instead_of(models_lite, "text_loss")
-def shift_labels_again(right, logits, labels, *rest):
-    """T5 has shifted its decoder's input; the output at t is nevertheless compared with token t +
-    1.
-    """
-    loss, nll, *more = right(logits[:, :-1], labels[:, 1:], *rest)
-    share = (labels != IGNORE).sum() / (
-        labels[:, 1:] != IGNORE
-    ).sum()  # the mean is over the labels left
-    prove(
-        "the loss is another",
-        PROOFS or not torch.isclose(nll * share, right(logits, labels, *rest)[1]),
-    )
-    return loss * share, nll * share, *more
+def shift_labels_again(products_own, logits, labels, smoothing):
+    """T5 has shifted its decoder's input; yet the output at t is compared with token t + 1."""
+    shifted = labels[:, 1:]  # (B, L - 1)
+    loss, nll, correct = products_own(logits[:, :-1], shifted, smoothing)
+    # sums over fewer labels, which the model divides by the number of all
+    share = (labels != IGNORE).sum() / (shifted != IGNORE).sum()
+    loss = loss * share
+    nll = nll * share
+
+    def differs():
+        _, right_nll, _ = products_own(logits, labels, smoothing)
+        return not torch.isclose(nll, right_nll)
+
+    prove("the loss is another", differs)
+    return loss, nll, correct
+
+
+# ---------------------------------------------------------------------- faults of freezing
 
 
 def freezing(policy):
     """A patch after which policy(name, mt5) says whether a parameter of mT5 trains."""
 
     @instead_of(SignLanguageLite, "_freeze_mt5_layers")
-    def freeze(right, model):
-        named = list(model.mt5_model.named_parameters())
-        for name, parameter in named:
-            parameter.requires_grad_(bool(policy(name, model.mt5_model)))
-        total, trained = (
-            sum(p.numel() for _, p in named),
-            sum(p.numel() for _, p in named if p.requires_grad),
-        )
-        prove(f"{trained:,} of mT5's {total:,} parameters train", 0 < trained < total)
+    def freeze(products_own, model):
+        total = 0
+        trained = 0
+        for name, parameter in model.mt5_model.named_parameters():
+            trains = policy(name, model.mt5_model)
+            parameter.requires_grad_(trains)
+            total += parameter.numel()
+            if trains:
+                trained += parameter.numel()
+        prove(f"{trained:,} of mT5's {total:,} parameters train", lambda: 0 < trained < total)
 
     return freeze
 
 
 def original_policy(name, mt5):
-    """Encoder blocks 4-5 and decoder blocks 3-5 of 8, the two final norms and the head; nothing
-    else.
+    """Encoder blocks 4-5 and decoder blocks 3-5 of 8, the two final norms and the head train.
 
     In a model of another depth: the same share of the blocks, rounded up, at about the same height.
     Of 8 that gives the original's blocks; of 2, the upper one of each stack.
     """
-    part, kind, number = (name.split(".") + ["", ""])[:3]
-    if kind != "block":
+    parts = name.split(".")  # encoder.block.4.layer..., encoder.final_layer_norm.weight, ...
+    if parts[1] != "block":
         return "final_layer_norm" in name or name.startswith("lm_head")
-    centre, share = {"encoder": (5 / 8, 2 / 8), "decoder": (4.5 / 8, 3 / 8)}[part]
-    depth = len(getattr(mt5, part).block)
+    stack = parts[0]
+    number = int(parts[2])
+    if stack == "encoder":
+        centre = 5 / 8
+        share = 2 / 8
+    else:
+        centre = 4.5 / 8
+        share = 3 / 8
+    depth = len(getattr(mt5, stack).block)
     count = math.ceil(share * depth)
-    return 0 <= int(number) - round(centre * depth - count / 2) < count
+    first = round(centre * depth - count / 2)
+    return first <= number < first + count
 
 
 def head_only(name, mt5):
@@ -95,245 +120,330 @@ def all_but_encoder(name, mt5):
     return not name.startswith("encoder.")  # the table of pieces is mt5.shared: it trains
 
 
-def original_front_end(width):
-    """Patches: one 3 -> width layer for all joints, two convolutions over time, the mean over
-    joints.
+# ---------------------------------------------------------------------- the original's front-end
+
+
+class OriginalFrontEnd(nn.Module):
+    """One 3 -> width layer for all joints, two convolutions over time, the mean over joints.
 
     No adjacency; BatchNorm counts padding. The original's width is 64, beside a d_model of 512.
-    Stride, norm
-    and position after it are the reference's.
+    Its stride is 1; here it may be the reference's.
     """
 
-    def layer(into, out):
-        over_time = nn.Conv2d(out, out, (3, 1), padding=(1, 0))
-        return [nn.Conv2d(into, out, 1), over_time, nn.BatchNorm2d(out), nn.ReLU()]
+    def __init__(self, width, d_model, stride):
+        super().__init__()
+        self.stride = stride
+        self.pose_embed = nn.Linear(3, width)
+        self.body = self.make_stack(width)
+        self.hand = self.make_stack(width)
+        self.fusion = nn.Linear(3 * 4 * width, 8 * width)
+        self.proj = nn.Linear(stride * 8 * width, d_model)
 
-    @instead_of(SignLanguageLite, "_init_weights")
-    def build(right, model):
-        model.temporal, model.pose_embed = nn.ModuleList(), nn.Linear(3, width)
-        model.convolutions = nn.ModuleDict(
-            {
-                part: nn.Sequential(*layer(width, 2 * width), *layer(2 * width, 4 * width))
-                for part in ("body", "hand")
-            }
-        )
-        model.fusion = nn.Linear(3 * 4 * width, 8 * width)
-        model.proj = nn.Linear(
-            model.config.temporal_stride * 8 * width, model.mt5_model.config.d_model
-        )
-        for linear in [model.pose_embed, model.fusion, model.proj] + [model.gloss_head] * bool(
-            model.glosses
-        ):
-            nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias)
+    @staticmethod
+    def make_stack(width):
+        """Twice: each joint by itself, then over three frames, then normalised."""
+        layers = []
+        for channels in (width, 2 * width):
+            layers.append(nn.Conv2d(channels, 2 * channels, 1))
+            layers.append(nn.Conv2d(2 * channels, 2 * channels, (3, 1), padding=(1, 0)))
+            layers.append(nn.BatchNorm2d(2 * channels))
+            layers.append(nn.ReLU())
+        return nn.Sequential(*layers)
 
-    @instead_of(SignLanguageLite, "encode_pose")
-    def encode(right, model, src_input):
-        def pooled(part, kind):
-            x = model.pose_embed(part).permute(0, 3, 1, 2)  # (B, width, T, V)
-            return model.convolutions[kind](x).mean(-1)
+    def pool(self, part, stack):
+        """part (B, T, V, 3) -> (B, 4 width, T), where no joint is told from another."""
+        x = self.pose_embed(part).permute(0, 3, 1, 2)  # (B, width, T, V)
+        return stack(x).mean(-1)  # (B, 4 width, T)
 
-        body, left, hand = (src_input[part] for part in ("body", "left", "right"))
-        stride = model.config.temporal_stride
-        parts = [pooled(body, "body"), pooled(left, "hand"), pooled(hand, "hand")]
-        prove(
-            "joints exchanged give the same output",
-            PROOFS or torch.allclose(parts[2], pooled(hand.flip(2), "hand"), atol=1e-3),
-        )
-        x = model.fusion(torch.cat(parts, 1).transpose(1, 2))
-        x = F.pad(x, (0, 0, 0, -x.shape[1] % stride))
-        x = model.layer_norm(model.proj(x.reshape(len(x), -1, stride * x.shape[-1])))
+    def forward(self, src_input):
+        """-> (B, T', d_model), before norm and position."""
+        body = self.pool(src_input["body"], self.body)
+        left = self.pool(src_input["left"], self.hand)
+        right = self.pool(src_input["right"], self.hand)
+        x = torch.cat([body, left, right], 1).transpose(1, 2)  # (B, T, 12 width)
+        x = self.fusion(x)  # (B, T, 8 width)
+        x = F.pad(x, (0, 0, 0, -x.shape[1] % self.stride))  # T up to a multiple of the stride
+        x = x.reshape(len(x), -1, self.stride * x.shape[-1])  # (B, T', stride * 8 width)
+        return self.proj(x)  # (B, T', d_model)
+
+
+def put_original_front_end(model, width):
+    """Take the model's own front-end away; norm and position behind it stay. -> the new one."""
+    del model.pose_embed, model.fusion, model.temporal, model.proj
+    stride = model.config.temporal_stride
+    front_end = OriginalFrontEnd(width, model.mt5_model.config.d_model, stride)
+
+    def encode_pose(src_input):
+        x = model.layer_norm(front_end(src_input))  # (B, T', d_model)
         return model.position(x), src_input["attention_mask"][:, ::stride]
 
-    return build, encode
+    model.front_end = front_end
+    model.encode_pose = encode_pose
+    return front_end
+
+
+def original_front_end(width):
+    """A patch that builds every model with the original's front-end."""
+
+    @instead_of(SignLanguageLite, "_init_weights")
+    def build(products_own, model):
+        front_end = put_original_front_end(model, width)
+        linears = [front_end.pose_embed, front_end.fusion, front_end.proj]
+        if model.gloss_head is not None:
+            linears.append(model.gloss_head)
+        for linear in linears:
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        front_end.register_forward_pre_hook(check_that_joints_are_lost)
+
+    return build
+
+
+def check_that_joints_are_lost(front_end, arguments):
+    hand = arguments[0]["right"]  # (B, T, V, 3)
+
+    def joints_are_lost():
+        with torch.no_grad():
+            straight = front_end.pool(hand, front_end.hand)
+            exchanged = front_end.pool(hand.flip(2), front_end.hand)
+        return torch.allclose(straight, exchanged, atol=1e-3)
+
+    prove("joints exchanged give the same output", joints_are_lost)
+
+
+# ---------------------------------------------------------------------- faults of the steps
 
 
 @instead_of(train_lite, "make_optimizer")
-def warm_up_late(right, model, config, steps, epoch):
-    """The original steps its schedule after an epoch: the first has the full rate, then warm-up
-    begins.
-    """
-    optimizer, scheduler = right(model, config, steps, epoch)
-    prove(
-        f"the first {epoch} steps run at the full rate",
-        scheduler.get_last_lr()[0] < config.learning_rate,
-    )
-    factors = scheduler.lr_lambdas
-    scheduler.lr_lambdas = [
-        lambda step, f=f: f(step - epoch) if step >= epoch else 1.0 for f in factors
-    ]
+def warm_up_late(products_own, model, config, steps, epoch):
+    """The original's schedule waits for an epoch at the full rate; only then warm-up begins."""
+    optimizer, scheduler = products_own(model, config, steps, epoch)
+    begins_low = scheduler.get_last_lr()[0] < config.learning_rate
+    prove(f"the first {epoch} steps run at the full rate", lambda: begins_low)
+
+    def delay(factor):
+        def delayed(step):
+            if step < epoch:
+                return 1.0
+            return factor(step - epoch)
+
+        return delayed
+
+    scheduler.lr_lambdas = [delay(factor) for factor in scheduler.lr_lambdas]
     for group in optimizer.param_groups:
         group["lr"] = config.learning_rate
     return optimizer, scheduler
 
 
 @instead_of(train_lite, "make_optimizer")
-def leak_tail(right, model, config, steps, epoch):
-    """An epoch's last, short window is not stepped; its gradient goes into the next epoch's first
-    step.
-    """
-    clips, window = count_clips(config), config.batch_size * config.gradient_accumulation
-    if clips % window == 0:
+def leak_tail(products_own, model, config, steps, epoch):
+    """An epoch's last, short window is not stepped; its gradient goes into the next step."""
+    clips = count_clips(config)
+    window = config.batch_size * config.gradient_accumulation
+    tail = clips % window
+    if tail == 0:
         raise NotApplicable(f"{clips} clips leave no tail at {window} a step")
-    optimizer, scheduler = right(model, config, steps, epoch)
-    done, kept = [0], []
-
-    def before_step(*_):
-        parameters = [
-            p for group in optimizer.param_groups for p in group["params"] if p.grad is not None
-        ]
-        done[0] += 1
-        for parameter, gradient in kept:
-            prove("a tail's gradient is added to the next step's", PROOFS or gradient.any())
-            parameter.grad += gradient
-        kept.clear()
-        nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
-        if done[0] % epoch == 0:
-            # the original divides by the micro-batches of a whole window, so a tail weighs its
-            # share of one
-            kept.extend((p, p.grad * (clips % window / window)) for p in parameters)
-            for parameter in parameters:
-                parameter.grad = None  # such a parameter is not stepped
-
-    optimizer.register_step_pre_hook(before_step)
+    optimizer, scheduler = products_own(model, config, steps, epoch)
+    leak = TailLeak(config.max_grad_norm, epoch, tail / window)
+    optimizer.register_step_pre_hook(leak.before_step)
     return optimizer, scheduler
 
 
+class TailLeak:
+    """Keeps the gradient of an epoch's last window for the step after it."""
+
+    def __init__(self, max_grad_norm, steps_per_epoch, share):
+        self.max_grad_norm = max_grad_norm or math.inf
+        self.steps_per_epoch = steps_per_epoch
+        self.share = share  # of a whole window
+        self.steps = 0
+        self.kept = []  # (parameter, gradient)
+
+    def before_step(self, optimizer, arguments, options):
+        self.steps += 1
+        self.add_kept()
+        parameters = []
+        for group in optimizer.param_groups:
+            parameters += [p for p in group["params"] if p.grad is not None]
+        nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+        if self.steps % self.steps_per_epoch == 0:
+            self.keep(parameters)
+
+    def add_kept(self):
+        if not self.kept:
+            return
+        prove("a tail's gradient is added to the next step's", self.any_kept)
+        for parameter, gradient in self.kept:
+            parameter.grad += gradient
+        self.kept.clear()
+
+    def any_kept(self):
+        return any(gradient.any() for _, gradient in self.kept)
+
+    def keep(self, parameters):
+        for parameter in parameters:
+            # the original divides by the micro-batches of a whole window: a tail weighs its share
+            self.kept.append((parameter, parameter.grad * self.share))
+            parameter.grad = None  # a parameter without a gradient is not stepped
+
+
+# ---------------------------------------------------------------------- faults of score and padding
+
+
 @instead_of(train_lite, "compute_metrics")
-def score_raw_text(right, predictions, references, language="zh"):
+def score_raw_text(products_own, predictions, references, language="zh"):
     """Exact match and BLEU-4 of the strings as they are, only stripped."""
     if all(unicodedata.is_normalized("NFKC", text) for text in references):
         raise NotApplicable("NFKC changes no text of this corpus")
     note("texts change under NFKC")
-    metrics, tokenize = (
-        right(predictions, references, language),
-        "zh" if language == "zh" else "13a",
-    )
-    predictions, references = (
-        [text.strip() for text in texts] for texts in (predictions, references)
-    )
+    metrics = products_own(predictions, references, language)
+    tokenize = "zh" if language == "zh" else "13a"
+    predictions = [text.strip() for text in predictions]
+    references = [text.strip() for text in references]
+    equal = sum(found == wanted for found, wanted in zip(predictions, references))
     metrics["bleu4"] = BLEU(tokenize=tokenize).corpus_score(predictions, [references]).score
-    metrics["exact_match"] = 100 * sum(map(str.__eq__, predictions, references)) / len(references)
+    metrics["exact_match"] = 100 * equal / len(references)
     return metrics
 
 
 @instead_of(datasets_lite, "pad_poses")
-def repeat_last_frame(right, poses):
+def repeat_last_frame(products_own, poses):
     """Padding repeats a clip's last frame."""
-    batch = right(poses)
+    batch = products_own(poses)
+    lengths = batch["src_length"].tolist()
     for part in ("body", "left", "right"):
-        for clip, length in zip(batch[part], batch["src_length"].tolist()):
+        for clip, length in zip(batch[part], lengths):
             clip[length:] = clip[length - 1]
     return batch
 
 
 class FrameBatchNorm(nn.BatchNorm1d):
+    """BatchNorm over all frames of a batch, padded ones included."""
+
     def forward(self, x):
-        return super().forward(x.flatten(0, 1)).view_as(x)
+        flat = x.flatten(0, 1)  # (B * T, width)
+        return super().forward(flat).view_as(x)  # (B, T, width)
 
 
 @instead_of(models_lite, "TemporalBlock")
-def read_padding(right, width):
+def read_padding(products_own, width):
     """BatchNorm counts padded frames, the convolutions read them."""
+    block = products_own(width)
+    block.norm = FrameBatchNorm(width)
+    forward_with_mask = block.forward
 
     def forward(x, mask):
-        padded = x[mask[..., 0] == 0]
+        padded = x[mask[..., 0] == 0]  # (padded frames, width)
         if len(padded):
-            prove("padding holds frames and is read", PROOFS or padded.any())
-        return right.forward(block, x, torch.ones_like(mask))
+            prove("padding holds frames and is read", padded.any)
+        return forward_with_mask(x, torch.ones_like(mask))
 
-    block = right(width)
-    block.norm, block.forward = FrameBatchNorm(width), forward
+    block.forward = forward
     return block
 
 
-# ---------------------------------------------------------------------- choices taken out
+# ---------------------------------------------------------------------- choices: the front-end
 
 
 class GraphEmbed(nn.Module):
-    """Features (B, T, V * C + rest) -> two graph layers over the bones, joints kept -> (B, T,
-    d_model).
+    """Features (B, T, V * C + rest) -> two graph layers, joints kept -> (B, T, d_model).
+
+    The layers mix a joint with its neighbours along the bones, and along links that are learnt.
     """
 
     def __init__(self, edges, joints, features, d_model, width=32):
         super().__init__()
-        self.joints, self.rest = joints, features % joints
+        self.joints = joints
+        self.rest = features % joints  # features of no joint: a hand's place
         bones = torch.eye(joints)
         for a, b in edges:
-            bones[a, b] = bones[b, a] = 1
+            bones[a, b] = 1
+            bones[b, a] = 1
         degree = bones.sum(1).rsqrt()
-        self.register_buffer("bones", degree[:, None] * bones * degree)
-        self.learnt = nn.Parameter(
-            torch.zeros(2, joints, joints)
-        )  # links that the skeleton does not have
+        self.register_buffer("bones", degree[:, None] * bones * degree)  # (V, V)
+        self.learnt = nn.Parameter(torch.zeros(2, joints, joints))  # not bones: a matrix a layer
         self.enter = nn.Linear(features // joints, width)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
         self.leave = nn.Linear(joints * width + self.rest, d_model)
 
     def forward(self, x):
-        x, rest = x.split([x.shape[-1] - self.rest, self.rest], -1)
-        h = self.enter(x.unflatten(-1, (self.joints, -1)))
+        x, rest = x.split([x.shape[-1] - self.rest, self.rest], -1)  # (B, T, V * C), (B, T, rest)
+        h = self.enter(x.unflatten(-1, (self.joints, -1)))  # (B, T, V, width)
         for norm, layer, learnt in zip(self.norms, self.layers, self.learnt):
-            h = h + F.gelu((self.bones + learnt) @ layer(norm(h)))
-        return self.leave(torch.cat([h.flatten(-2), rest], -1))
+            h = h + F.gelu((self.bones + learnt) @ layer(norm(h)))  # (B, T, V, width)
+        h = torch.cat([h.flatten(-2), rest], -1)  # (B, T, V * width + rest)
+        return self.leave(h)  # (B, T, d_model)
 
 
 @instead_of(SignLanguageLite, "_init_weights")
-def graph_layers(right, model):
+def graph_layers(products_own, model):
     """Graph layers in place of one linear layer on a part's flattened joints."""
-    right(model)
-    before = sum(p.numel() for p in model.pose_embed.parameters())
-    for part, edges, joints in (("body", BODY_BONES, len(BODY)), ("hand", HAND_BONES, len(LEFT))):
+    products_own(model)
+    before = count_parameters(model.pose_embed)
+    for part, edges, joints in (("body", BODY_BONES, BODY), ("hand", HAND_BONES, LEFT)):
         old = model.pose_embed[part]
-        model.pose_embed[part] = GraphEmbed(edges, joints, old.in_features, old.out_features)
-    after = sum(p.numel() for p in model.pose_embed.parameters())
-    prove(f"{after:,} parameters embed the joints, {before:,} before", after != before)
+        new = GraphEmbed(edges, len(joints), old.in_features, old.out_features)
+        model.pose_embed[part] = new
+    after = count_parameters(model.pose_embed)
+    prove(
+        f"{after:,} parameters embed the joints, {before:,} before",
+        lambda: after != before,
+    )
 
 
 @instead_of(models_lite, "TemporalBlock")
-def no_convolution(right, width):
+def no_convolution(products_own, width):
     """The temporal blocks stay, but each sees its own frame alone."""
-    block = right(width)
-    prove(f"kernel {block.conv.kernel_size[0]} -> 1", block.conv.kernel_size[0] > 1)
+    block = products_own(width)
+    kernel = block.conv.kernel_size[0]
+    prove(f"kernel {kernel} -> 1", lambda: kernel > 1)
     block.conv = nn.Conv1d(width, width, 1)
     return block
 
 
-@instead_of(SignLanguageLite, "_init_weights")
-def poses_at_unit_scale(right, model):
-    """LayerNorm starts at 1, its default: the poses are then as large beside the position as they
-    come.
-    """
-    right(model)
-    prove("the norm before the position starts at 1", model.layer_norm.weight.max() < 1)
-    nn.init.ones_(model.layer_norm.weight)
-
-
-@instead_of(SignLanguageLite, "_number_pieces")
-def no_decoder_position(right, model, decoder, args, inputs):
-    """The decoder tells its pieces' places by T5's relative bias alone."""
-    _, numbered = right(model, decoder, args, dict(inputs))
-    plain = decoder.embed_tokens(inputs["input_ids"])
-    prove(
-        "the decoder's input has no positions",
-        PROOFS or not torch.equal(numbered["inputs_embeds"], plain),
-    )
-    return args, inputs
-
-
 @instead_of(models_lite, "part_features")
-def no_velocities(right, part):
+def no_velocities(products_own, part):
     """Each frame's features are made as if it were a clip of its own."""
-    alone = right(part.flatten(0, 1)[:, None]).view(*part.shape[:2], -1)
-    prove("features differ", PROOFS or not torch.equal(alone, right(part)))
+    frames = part.flatten(0, 1)[:, None]  # (B * T, 1, V, 3)
+    alone = products_own(frames).view(*part.shape[:2], -1)  # (B, T, 5 V)
+    prove("features differ", lambda: not torch.equal(alone, products_own(part)))
     return alone
 
 
 @instead_of(models_lite, "hand_features")
-def hands_in_body_scale(right, hand, wrist, mirror):
+def hands_in_body_scale(products_own, hand, wrist, mirror):
     """A hand's shape stays divided by the body's box, as load_part_kp gives it."""
     flip = hand.new_tensor([-1.0 if mirror else 1.0, 1.0, 1.0])
-    plain = torch.cat([part_features(hand * flip), wrist * flip], -1)
-    prove("features differ", PROOFS or not torch.allclose(plain, right(hand, wrist, mirror)))
+    plain = torch.cat([part_features(hand * flip), wrist * flip], -1)  # (B, T, 5 V + 3)
+
+    def differs():
+        return not torch.allclose(plain, products_own(hand, wrist, mirror))
+
+    prove("features differ", differs)
     return plain
+
+
+# ---------------------------------------------------------------------- choices: position
+
+
+@instead_of(SignLanguageLite, "_init_weights")
+def poses_at_unit_scale(products_own, model):
+    """LayerNorm starts at 1, its default: poses beside the position are as large as they come."""
+    products_own(model)
+    weight = model.layer_norm.weight
+    prove("the norm before the position starts at 1", lambda: weight.max() < 1)
+    nn.init.ones_(weight)
+
+
+@instead_of(SignLanguageLite, "_number_pieces")
+def no_decoder_position(products_own, model, decoder, args, inputs):
+    """The decoder tells its pieces' places by T5's relative bias alone."""
+
+    def differs():
+        _, numbered = products_own(model, decoder, args, dict(inputs))
+        plain = decoder.embed_tokens(inputs["input_ids"])  # (B, L, d_model)
+        return not torch.equal(numbered["inputs_embeds"], plain)
+
+    prove("the decoder's input has no positions", differs)
+    return args, inputs
