@@ -64,8 +64,9 @@ def part_features(part):
 def hand_features(hand, wrist, mirror):
     """hand (B, T, 21, 3), the body's wrist (B, T, 3) -> (B, T, 108): the shape, then its place.
 
-    A hand is small beside the body, so its shape is divided by its root mean square distance from
-    the wrist over the clip. The left hand is mirrored: the layer that both share sees like shapes.
+    As load_part_kp gives it a hand is in the body's scale, and small: its shape is divided by its
+    root mean square distance from the wrist over the clip. The left hand is mirrored: the layer
+    that both share sees like shapes.
     """
     seen = (hand[..., 2:] > 0).float()  # (B, T, 21, 1)
     squares = hand[..., :2].square() * seen  # (B, T, 21, 2)
