@@ -1667,3 +1667,15 @@ def test_an_augmented_clip_is_the_same_motion_at_another_tilt_and_speed():
         assert np.abs(linear_map - np.eye(2)).max() < 0.25, f"seed {seed}: {linear_map}"
         noise = np.abs(after - before @ linear_map).max()  # of the joints that are read
         assert 0 < noise < 0.03, f"seed {seed}: noise {noise:.4f}"
+
+
+def test_frames_that_show_too_little_of_a_body_are_an_error_and_never_zeros(tmp_path):
+    """One joint in every second frame is a body over the clip, and none in two of its frames."""
+    keypoints, scores = random_clip(40)
+    scores[:] = 0
+    for frame in range(0, 40, 2):
+        scores[frame, BODY[frame // 2 % 9]] = 0.9
+    path = write_pose(tmp_path / "the_clip.pkl", keypoints, scores)
+    assert read_clip(path, scratch_config())["body"].any()
+    with pytest.raises(DataError, match="the_clip.pkl"):
+        read_clip(path, scratch_config(max_length=2))
