@@ -201,11 +201,11 @@ class ScratchConfig(TrainConfig):
 
 @dataclass(slots=True)
 class DemoConfig(ScratchConfig):
-    """The built-in corpus, in under five minutes on two cores."""
+    """The built-in corpus, in about two minutes on two cores."""
 
     # written on first use
     data_dir: str = "data/demo"
-    max_steps: int = 800
+    max_steps: int = 400
 
 
 def make_config(kind, values):

@@ -16,13 +16,13 @@ import json
 import math
 import os
 import pickle
-import pickletools
 import reprlib
+import signal
 import tempfile
+import time
 import warnings
-from collections import OrderedDict
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
+from hashlib import sha256
 from itertools import compress
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +31,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 JOINTS = 133  # COCO-WholeBody
 THRESHOLD = 0.3  # a joint at or below this confidence counts as not seen
@@ -44,7 +49,11 @@ PARTS = {"body": BODY, "left": LEFT, "right": RIGHT}
 USED = BODY + LEFT + RIGHT
 LEFT_WRIST = BODY.index(9)
 RIGHT_WRIST = BODY.index(10)
-MAX_BYTES = 256 * 2**20  # of a file, of what it unpacks to, of a list's arrays together
+# What reading one file may take (`guarded`): bytes of the file, CPU seconds, bytes of memory
+MAX_BYTES = 256 * 2**20
+MAX_SECONDS = 20
+MAX_MEMORY = 2**30
+CHECKED = {}  # pose file -> sha256 of contents that were read under guard, without harm
 
 
 class DataError(ValueError):
@@ -62,7 +71,27 @@ def load_dataset_file(path, problems=None):
     more than data; where a list of problems is given, faulty entries go there and are left out.
     """
     path = Path(path)
-    data = read_label_file(path)
+    if not path.is_file():
+        raise DataError(
+            f"{path}: no such label file; data_dir must hold labels.train, .dev and .test"
+        )
+    entries, faults = read_guarded(read_labels, path)
+    # `check` names all faults of a corpus, training stops at the first kind
+    if problems is not None:
+        problems += faults
+    elif faults:
+        raise DataError(f"{path}: {len(faults)} faulty entries:\n{first_five(faults)}")
+    return entries
+
+
+def read_labels(path):
+    """-> entries, faults; runs under guard."""
+    raw = read_bytes(path)
+    with naming(path, "damaged, or neither a gzip-pickled dict nor JSON"):
+        if raw[:2] == b"\x1f\x8b":  # gzip's first bytes
+            data = unpickle(gzip.decompress(raw))
+        else:
+            data = json.loads(raw.decode("utf-8"))
     if not isinstance(data, (dict, list)) or not data:
         raise DataError(
             f"{path}: a dict or list of entries was expected, found {reprlib.repr(data)}"
@@ -83,29 +112,7 @@ def load_dataset_file(path, problems=None):
                 entries[key] = make_entry(path, key, entry)
         except DataError as error:
             faults.append(str(error))
-    # `check` names all faults of a corpus, training stops at the first kind
-    if problems is not None:
-        problems += faults
-    elif faults:
-        raise DataError(f"{path}: {len(faults)} faulty entries:\n{first_five(faults)}")
-    return entries
-
-
-def read_label_file(path):
-    """The file's content as it stands there."""
-    if not path.is_file():
-        raise DataError(
-            f"{path}: no such label file; data_dir must hold labels.train, .dev and .test"
-        )
-    with naming(path, "damaged, or neither a gzip-pickled dict nor JSON"):
-        check_size(path, path.stat().st_size)
-        raw = path.read_bytes()
-        if raw[:2] != b"\x1f\x8b":  # gzip's first bytes
-            return json.loads(raw.decode("utf-8"))
-        raw = gzip.GzipFile(fileobj=io.BytesIO(raw)).read(MAX_BYTES + 1)
-        check_size(path, len(raw), "unpacks to at least")
-        look_through(raw)
-        return unpickle(raw)
+    return entries, faults
 
 
 def make_entry(path, key, entry):
@@ -255,7 +262,9 @@ class SignLanguageDataset(Dataset):
         if self.phase == "train":
             # from seed, epoch and clip alone, so the same whatever process draws it
             rng = np.random.default_rng([self.config.seed, self.epoch, index])
-        return read_clip(self.paths[index], self.config, rng, self.frames[index])
+        path = self.paths[index]
+        CHECKED[path] = self.reports[index].digest
+        return read_clip(path, self.config, rng, self.frames[index])
 
     def begin_epoch(self, epoch):
         """Draw each clip's speed for the epoch -> its frames, by which batches are sorted."""
@@ -300,28 +309,24 @@ class SignLanguageDataset(Dataset):
         """Inspect each file, or take what an earlier run found for the same size and time."""
         folder = self.config.output_dir
         cache = Path(folder, f"clips_{self.label_path.name}.json")
-        known = {}
+        reports = {}
         if folder:
-            with suppress(OSError, ValueError):  # none yet, or half a one: it only saves time
+            # none yet, or one that another version wrote: it only saves time
+            with suppress(OSError, ValueError, TypeError, AttributeError):
                 known = json.loads(cache.read_text(encoding="utf-8"))
+                reports = {key: ClipReport(*report) for key, report in known.items()}
         keys = [file_key(path) for path in self.paths]
-        known.pop("", None)  # a file that was missing may be there by now
-        todo = [path for path, key in zip(self.paths, keys) if key not in known]
-        # few files are read sooner than processes start
-        with ProcessPoolExecutor() if len(todo) >= 500 else nullcontext() as pool:
-            inspected = map(inspect_clip, todo)
-            if pool:
-                inspected = pool.map(inspect_clip, todo, chunksize=64)
-            title = f"reading {self.label_path.name}"
-            bar = tqdm(inspected, title, len(todo), leave=False, disable=None)
-            found = iter(list(bar))
-        reports = [ClipReport(*known[key]) if key in known else next(found) for key in keys]
+        reports.pop("", None)  # a file that was missing may be there by now
+        todo = {key: path for path, key in zip(self.paths, keys) if key not in reports}
+        found = guarded(inspect_clip, list(todo.values()), os.cpu_count())
+        title = f"reading {self.label_path.name}"
+        for key, report in zip(todo, tqdm(found, title, len(todo), leave=False, disable=None)):
+            if isinstance(report, Exception):
+                report = ClipReport(problem=str(report))
+            reports[key] = ClipReport(*report)
         if folder and todo:
-            cache.write_text(json.dumps(dict(zip(keys, reports))), encoding="utf-8")
-        for path, report in zip(self.paths, reports):
-            if not report.problem:
-                LOOKED_THROUGH.add(path)
-        return reports
+            cache.write_text(json.dumps({key: reports[key] for key in keys}), encoding="utf-8")
+        return [reports[key] for key in keys]
 
     def _problem(self, entry, report):
         """Why a clip cannot be used, or ""; CTC needs an encoder position for each gloss."""
@@ -358,15 +363,9 @@ class SignLanguageDataset(Dataset):
         elif bad:
             print(f"{message}\nleft out, as on_bad_clip says")
             if self.config.output_dir:
-                self._list_bad(bad)
-
-    def _list_bad(self, bad):
-        """All names into output_dir/bad_clips.txt, beside those of other splits."""
-        path = Path(self.config.output_dir, "bad_clips.txt")
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        lines = [line for line in lines if not line.startswith(f"{self.phase}\t")]
-        lines += [f"{self.phase}\t{line}" for line in bad]
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+                mode = "w" if self.phase == "train" else "a"  # train comes first
+                with open(Path(self.config.output_dir, "bad_clips.txt"), mode) as file:
+                    file.writelines(f"{self.phase}\t{line}\n" for line in bad)
 
 
 class ClipReport(NamedTuple):
@@ -377,23 +376,21 @@ class ClipReport(NamedTuple):
     no_hand: int = 0  # frames in which neither hand was seen
     not_finite: int = 0  # joints, among the used ones, with a NaN or Inf
     in_pixels: bool = False  # still, where load_pose_file had no w_h to divide by
+    digest: str = ""  # of the file's contents
     problem: str = ""  # why the clip cannot be used
 
 
 def inspect_clip(path):
-    """One pose file -> ClipReport; never raises on what a file holds. None: see `_find`."""
+    """One pose file -> ClipReport; runs under guard. None: see `_find`."""
     if path is None:
-        outside = "its pose is outside pose_format, or a link leads out of it: refused"
-        return ClipReport(problem=outside)
-    try:
-        keypoints, scores = load_pose_file(path)
-    except (DataError, pickle.UnpicklingError, OSError) as error:
-        return ClipReport(problem=str(error))
+        raise DataError("its pose is outside pose_format, or a link leads out of it: refused")
+    raw = read_pose_bytes(path)
+    keypoints, scores = parse_pose(path, raw)
     # counts for the report of `check`
     finite = np.isfinite(keypoints).all(-1)  # (T, 133)
     seen = (scores > THRESHOLD) & finite
     problem = ""
-    if not load_part_kp(keypoints, scores)["body"].any():
+    if not load_part_kp(keypoints, scores)["body"].numpy().any():
         joints = seen[:, BODY].sum()
         problem = f"{path}: no usable body ({joints} joints, {len(seen)} frames)"
     not_finite = ~(finite & np.isfinite(scores))[:, USED]
@@ -404,6 +401,7 @@ def inspect_clip(path):
         no_hand=int((~has_hand).sum()),
         not_finite=int(not_finite.sum()),
         in_pixels=in_pixels(keypoints, scores),
+        digest=sha256(raw).hexdigest(),
         problem=problem,
     )
 
@@ -439,13 +437,10 @@ def read_clip(path, config, rng=None, frames=None):
     chosen = sample_frames(len(scores), config.max_length, rng)
     pose = load_part_kp(keypoints[chosen], scores[chosen])
     if not pose["body"].any():
-        # the few frames that show a body were not among these: put them in
+        # the few frames that show a body were not among these: take those that show most
         keypoints, scores = stored
-        body = load_part_kp(keypoints, scores)["body"]  # (T, 9, 3)
-        shown = np.flatnonzero(body.any(-1).any(-1))[: len(chosen)]
-        chosen = sample_frames(len(scores), len(chosen))
-        chosen[: len(shown)] = shown
-        chosen.sort()
+        shown = (scores[:, BODY] > THRESHOLD).sum(1)  # (T,)
+        chosen = np.sort(np.argsort(-shown, kind="stable")[: len(chosen)])
         pose = load_part_kp(keypoints[chosen], scores[chosen])
     if not pose["body"].any():
         frames = len(stored[1])
@@ -576,8 +571,38 @@ def load_pose_file(path):
     Raises DataError naming the file, pickle.UnpicklingError for a pickle that asks for more.
     """
     path = Path(path)
+    raw = read_pose_bytes(path)
+    # what the check before training has survived needs no guard again
+    if CHECKED.get(path) == sha256(raw).hexdigest():
+        return parse_pose(path, raw)
+    clip = np.float32(read_guarded(pose_as_list, path))  # (T, 133, 3)
+    return clip[..., :2], clip[..., 2]
+
+
+def pose_as_list(path):
+    """x, y and score of every joint of every frame; runs under guard."""
+    keypoints, scores = parse_pose(path, read_pose_bytes(path))
+    return np.concatenate([keypoints, scores[..., None]], -1).tolist()
+
+
+def read_pose_bytes(path):
+    if not path.is_file():
+        raise DataError(f"{path}: no such pose file")
+    return read_bytes(path)
+
+
+def parse_pose(path, raw):
+    """A pose file's bytes -> keypoints (T, 133, 2), scores (T, 133), float32."""
     with naming(path, f"not a readable {path.suffix[1:]} file"), np.errstate(all="ignore"):
-        data = read_container(path)
+        if path.suffix == ".npz":
+            with np.load(io.BytesIO(raw), allow_pickle=False) as archive:
+                data = dict(archive)
+        else:
+            data = unpickle(raw)
+        if not isinstance(data, dict) or not {"keypoints", "scores"} <= data.keys():
+            raise DataError(
+                f"{path}: keypoints and scores were expected, found {reprlib.repr(data)}"
+            )
         keypoints = all_frames(data["keypoints"], (JOINTS, 2), "keypoints", path)
         scores = all_frames(data["scores"], (JOINTS,), "scores", path)
         # the two must belong together
@@ -598,33 +623,14 @@ def load_pose_file(path):
         return keypoints, scores
 
 
-def read_container(path):
-    """The file's dict as it stands there, with keypoints and scores in it."""
-    if not path.is_file():
-        raise DataError(f"{path}: no such pose file")
-    check_size(path, path.stat().st_size)
-    if path.suffix == ".npz":
-        data = read_npz(path)
-    else:
-        raw = path.read_bytes()
-        if path not in LOOKED_THROUGH:
-            look_through(raw)
-        data = unpickle(raw)
-    if not isinstance(data, dict) or not {"keypoints", "scores"} <= data.keys():
-        raise DataError(f"{path}: keypoints and scores were expected, found {reprlib.repr(data)}")
-    return data
-
-
 def all_frames(value, shape, field, path):
     """(T, 133, ...) or (T, 1, 133, ...), or a list of an array a frame -> float32 (T, 133, ...)."""
     if isinstance(value, (list, tuple)) and value:
-        first = value[0]
-        for frame in value:
-            if not isinstance(frame, np.ndarray) or frame.shape != first.shape:
-                raise DataError(
-                    f"{path}: {field} is a list, but not of arrays of one shape, an array a frame"
-                )
-        check_size(path, 4 * first.size * len(value), f"{field} claims")  # one array, named often
+        value = [np.asarray(frame) for frame in value]
+        if any(frame.shape != value[0].shape for frame in value):
+            raise DataError(
+                f"{path}: {field} is a list, but not of arrays of one shape, an array a frame"
+            )
         value = np.stack(value, dtype=np.float32, casting="unsafe")
     # arrays of any float or integer kind
     array = np.asarray(value)
@@ -658,11 +664,91 @@ def in_pixels(keypoints, scores):
 
 # ------------------------------------------------------------------------------- untrusted files
 
-LOOKED_THROUGH = set()  # pose files whose opcodes were read before: that is slow
-
 
 class Refused(pickle.UnpicklingError):
     """A pickle asks for more than data."""
+
+
+def read_guarded(read, path):
+    """read(path), of one file. Raises the error that names it."""
+    (result,) = guarded(read, [path])
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def guarded(read, paths, children=1):
+    """Yield for each path what read(path) gives, in JSON's types, or the error that names the path.
+
+    What Python and numpy do with hostile bytes cannot be bounded from inside: a deep tuple ends the
+    process, a kilobyte takes all memory. So forked children read, within limits; one that dies
+    costs its file alone. Windows has no fork: the allow-list and MAX_BYTES are all there is.
+    """
+    readers = {}
+    try:
+        for number, path in enumerate(paths):
+            # children take turns; a new one goes on behind the file that ended the last
+            turn = number % children
+            if resource and turn not in readers:
+                readers[turn] = start_reader(read, paths[number::children])
+            line = readers[turn][1].readline() if resource else outcome(read, path)
+            if line.endswith("\n"):
+                kind, content = json.loads(line)
+                yield ERRORS[kind](content) if kind else content
+            else:
+                _, status = stop_reader(*readers.pop(turn))
+                yield DataError(
+                    f"{path}: it ended the process that read it (signal {os.WTERMSIG(status)}): it "
+                    f"takes over {MAX_SECONDS} CPU seconds, or is made to crash Python; remove it"
+                )
+    finally:
+        for reader in readers.values():
+            stop_reader(*reader)
+
+
+def start_reader(read, paths):
+    """Fork a child that reads these paths -> its number, and its results, a line each."""
+    source, sink = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(sink)
+        return child, open(source, encoding="utf-8")
+    try:  # in the child, which never comes back to the caller's code
+        os.close(source)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's matter
+        warnings.simplefilter("ignore")
+        with suppress(OSError, ValueError):  # Linux alone says what is held; or less is allowed
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            memory = pages * resource.getpagesize() + MAX_MEMORY
+            resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+        _, most = resource.getrlimit(resource.RLIMIT_CPU)
+        with open(sink, "w", encoding="utf-8") as results:
+            for path in paths:
+                seconds = math.ceil(time.process_time()) + MAX_SECONDS
+                resource.setrlimit(resource.RLIMIT_CPU, (seconds, most))
+                results.write(outcome(read, path))
+                results.flush()
+    finally:
+        os._exit(0)
+
+
+def stop_reader(child, results):
+    results.close()  # it ends, if it has not, when it writes the next
+    return os.waitpid(child, 0)
+
+
+def outcome(read, path):
+    """-> [error's kind or "", result or message] as a line of JSON."""
+    try:
+        with naming(path, "cannot be read"):
+            line = json.dumps(["", read(path)])
+            check_size(path, len(line), "unpacks to")
+    except (DataError, Refused) as error:
+        line = json.dumps([type(error).__name__, str(error)])
+    return line + "\n"
+
+
+ERRORS = {"DataError": DataError, "Refused": Refused}
 
 
 @contextmanager
@@ -670,14 +756,14 @@ def naming(path, what, kind=DataError):
     """Whatever a file's bytes make Python raise becomes an error that names the file."""
     try:
         yield
-    except Refused as error:
-        raise Refused(
-            f"{path}: refused, the pickle asks for {error}; a label or pose file needs nothing but "
-            "arrays and plain containers, so don't trust it"
-        ) from None
     except Exception as error:  # of any kind: the bytes are anybody's
-        if isinstance(error, kind) and str(path) in str(error):
+        if isinstance(error, (kind, Refused)) and str(path) in str(error):
             raise  # it is one already
+        if isinstance(error, Refused):
+            raise Refused(
+                f"{path}: refused, the pickle asks for {error}; a label or pose file needs nothing "
+                "but arrays and plain containers, so don't trust it"
+            ) from None
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise kind(f"{path}: {what} ({reason:.200})") from error
 
@@ -687,73 +773,52 @@ def check_size(path, size, what="holds"):
         raise DataError(f"{path}: {what} {size:,} bytes, over {MAX_BYTES:,}; is it the right file?")
 
 
-def read_npz(path):
-    """An .npz's arrays; numpy's warnings about headers that Python 2 wrote are of no use."""
-    with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as archive:
-        size = sum(member.file_size for member in archive.zip.infolist())
-        check_size(path, size, "unpacks to")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return dict(archive)
-
-
-def look_through(raw):
-    """Refuse a place of the memo that the opcodes before it cannot have filled.
-
-    For place 2**32 Python would make a table of 64 GB.
-    """
-    for count, (opcode, place, at) in enumerate(pickletools.genops(raw)):
-        if "PUT" in opcode.name and place > count:
-            raise Refused(f"place {place:,} of a memo of {count:,}, at byte {at}")
+def read_bytes(path):
+    check_size(path, path.stat().st_size)
+    return path.read_bytes()
 
 
 def unpickle(raw):
-    return SafeUnpickler(io.BufferedReader(io.BytesIO(raw))).load()
+    return SafeUnpickler(io.BytesIO(raw)).load()
 
 
-class ArrayType:
-    """A dtype while it is unpickled; of what follows its name only the byte order is believed."""
+class StoredType:
+    """numpy's dtype in a pickle: the code of plain numbers or text, and a byte order."""
 
-    def __init__(self, code, *flags):
-        if code[:1] not in "biufSUOV" or not code[1:].isdigit():
-            raise Refused(f"an array of dtype {code!s:.100}")
-        self.value = np.dtype(code)
+    def __init__(self, code, *_):
+        self.code = code
 
     def __setstate__(self, state):
-        self.value = self.value.newbyteorder(state[1])
+        self.code = state[1] + self.code
+
+    def values(self, data):
+        return np.frombuffer(data, self.code)  # of objects numpy makes none from bytes
 
 
-class PlainArray(np.ndarray):
-    """An array while it is unpickled: only its state fills it, with bytes of a plain dtype."""
+class StoredArray:
+    """numpy's array in a pickle; np.asarray makes a real one of its bytes, and of nothing else."""
 
-    __setitem__ = None
-
-    def __new__(cls, *args):
-        raise Refused("an array without its data")
+    def __init__(self, *_):
+        pass
 
     def __setstate__(self, state):
-        version, shape, dtype, fortran, data = state
-        if dtype.value.kind not in "biufSU":
-            raise Refused(f"an array of dtype {dtype.value}")
-        super().__setstate__((version, shape, dtype.value, fortran, data))
+        _, self.shape, self.type, in_columns, self.data = state
+        self.order = "F" if in_columns else "C"
 
-
-def empty_array(kind, shape, code):
-    return np.ndarray.__new__(PlainArray, 0)
+    def __array__(self, dtype=None, copy=None):
+        return self.type.values(self.data).reshape(self.shape, order=self.order)
 
 
 def array_from_buffer(data, dtype, shape, order):
-    return np.frombuffer(data, dtype.value).reshape(shape, order=order).view(PlainArray)
+    return dtype.values(data).reshape(shape, order=order)
 
 
 def array_scalar(dtype, data):
-    return np.frombuffer(data, dtype.value, 1)[0]
+    return dtype.values(data)[0]
 
 
 def encode_latin1(text, encoding):
     """Protocols 0 to 2 write an array's bytes as text."""
-    if encoding not in ("latin1", "latin-1"):
-        raise Refused(f"bytes in the encoding {encoding!s:.100}")
     return text.encode("latin1")
 
 
@@ -761,17 +826,17 @@ class SafeUnpickler(pickle.Unpickler):
     """Builds arrays and plain containers; what else a pickle names is refused uncalled."""
 
     ALLOWED = {
-        "numpy.ndarray": PlainArray,
-        "numpy.dtype": ArrayType,
-        "numpy.core.multiarray._reconstruct": empty_array,
+        "numpy.ndarray": StoredArray,
+        "numpy.dtype": StoredType,
+        "numpy.core.multiarray._reconstruct": StoredArray,
         "numpy.core.multiarray.scalar": array_scalar,
         "numpy.core.numeric._frombuffer": array_from_buffer,
         "_codecs.encode": encode_latin1,
-        "builtins.bytearray": lambda data: bytearray(memoryview(data)),  # not of a number: a size
+        "builtins.bytearray": bytearray,
         "builtins.complex": complex,
         "builtins.set": set,
         "builtins.frozenset": frozenset,
-        "collections.OrderedDict": OrderedDict,
+        "collections.OrderedDict": dict,
     }
 
     def find_class(self, module, name):
@@ -802,9 +867,10 @@ DEMO_WORDS = {
 DEMO_SIGNS = "greeting time place subject object adjective verb not question thanks"  # their order
 DEMO_SPLITS = {"train": 1600, "dev": 120, "test": 120}
 # Points are x + 1j * y, y down, in shoulder widths from the neck, so that to turn is to multiply.
-# A hand is the flexion of 5 fingers, their spread, the palm's angle.
-# At rest: both wrists, both hands, left first.
-DEMO_REST = [0.6 + 1.6j, -0.6 + 1.6j, *[0.4] * 5, 0.15, 0, *[0.4] * 5, 0.15, 0]
+DEMO_HEAD = [-0.55j, 0, 0, 0.17 - 0.57j, -0.17 - 0.57j, 0.5, -0.5]  # nose to shoulders, no eyes
+DEMO_FINGERS = -0.08j * np.arange(1, 5)  # the joints of one that is straight and points up
+# A hand is its wrist, the turn of its palm, and how straight each finger is. Left, right, at rest:
+DEMO_REST = [[0.6 + 1.6j, 1, *[0.6] * 5], [-0.6 + 1.6j, 1, *[0.6] * 5]]
 
 
 def make_demo_corpus(data_dir, seed=0, splits=None):
@@ -830,26 +896,22 @@ def make_demo_corpus(data_dir, seed=0, splits=None):
     data_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=data_dir.parent, prefix=".demo") as aside:
         corpus = Path(aside, "corpus")
-        poses = corpus / "pose_format"
-        poses.mkdir(parents=True)
+        (corpus / "pose_format").mkdir(parents=True)
         for split, count in splits.items():
             labels = {}
             for number in tqdm(range(count), f"demo {split}", disable=None, leave=False):
                 text, gloss = next(rows)
                 name = f"{split}_{number:05d}"
                 keypoints, scores = demo_clip([signs[word] for word in gloss], rng)
+                # with the person axis, as Uni-Sign has it
                 clip = {
-                    "keypoints": keypoints[:, None],  # (T, 1, 133, 2)
-                    "scores": scores[:, None],  # (T, 1, 133)
+                    "keypoints": keypoints[:, None],
+                    "scores": scores[:, None],
                     "w_h": [512, 512],
                 }
-                (poses / f"{name}.pkl").write_bytes(pickle.dumps(clip, protocol=4))
-                labels[name] = {
-                    "name": name,
-                    "gloss": gloss,
-                    "text": text,
-                    "video_path": f"{name}.mp4",
-                }
+                pose = corpus / "pose_format" / f"{name}.pkl"
+                pose.write_bytes(pickle.dumps(clip, protocol=4))
+                labels[name] = {"name": name, "gloss": gloss, "text": text}
             packed = gzip.compress(pickle.dumps(labels, protocol=4), mtime=0)
             (corpus / f"labels.{split}").write_bytes(packed)
         # whole or not at all
@@ -871,90 +933,60 @@ def demo_sentence(rng):
 
 
 def demo_signs():
-    """{word: (paths (3, 2), hands (14,))} of left and right, whatever the seed.
-
-    A path is the wrist's place, how far it goes straight on, and how far forth and back.
-    """
+    """{word: (2, 2, 7)}: both hands where the sign begins and where it ends, whatever the seed."""
     rng = np.random.default_rng(20247)
     signs = {}
     for _, _, choice in DEMO_WORDS.values():
         for word in choice.split():
-            # where the right wrist begins, how far it moves, how the hand is held
             place = complex(rng.uniform(-0.7, 0.2), rng.uniform(-0.5, 1.0))
-            extent = rng.uniform(0, [0.4, 0.25])
-            right = np.array([place, *extent * np.exp(2j * np.pi * rng.random(2))])
-            hand = [*rng.integers(2, size=5), rng.uniform(0.12, 0.35), rng.uniform(-1.2, 1.2)]
-            mirrored = -right.conj()
-            kind = rng.integers(4)
-            if kind < 2:  # one-handed: the left hand rests
-                left = [DEMO_REST[0], 0, 0]
-                other = DEMO_REST[2:9]
-            else:  # the left hand mirrors the right, moving along or holding still
-                left = mirrored if kind == 2 else mirrored * [1, 0, 0]
-                other = hand
-            signs[word] = np.stack([left, right], -1), [*other, *hand]
+            path = rng.uniform(0, 0.5) * np.exp(2j * np.pi * rng.random())
+            palm = np.exp(1j * rng.uniform(-1.2, 1.2))
+            fingers = rng.integers(1, 4, 5) / 3  # bent, half bent, straight
+            begin = [DEMO_REST[0], [place, palm, *fingers]]
+            end = [DEMO_REST[0], [place + path, palm, *fingers]]
+            sign = np.array([begin, end])
+            if rng.random() < 0.5:  # the left hand mirrors the right
+                sign[:, 0] = sign[:, 1].conj()
+                sign[:, 0, 0] *= -1
+            signs[word] = sign
     return signs
 
 
 def demo_clip(signs, rng):
     """Signs one after another by one random signer -> keypoints (T, 133, 2), scores (T, 133)."""
-    # key frames: both wrists, both hands
-    keys = [DEMO_REST, DEMO_REST]
-    times = [0, 1]
-    phase = np.linspace(0, 1, 6)
-    for paths, hands in signs:
-        steps = np.stack([np.ones(6), phase, np.sin(2 * np.pi * phase)], -1)  # (6, 3)
-        for wrists in steps @ paths:  # (6, 2)
-            keys.append([*wrists, *hands])
-        begin = times[-1] + 3  # before it, the hands move there
-        times += list(begin + rng.uniform(4, 6) * phase)
-    keys.append(DEMO_REST)
+    # what the hands are to do, and when
+    keys = np.concatenate([[DEMO_REST], *signs, [DEMO_REST]]).reshape(-1, 14)
+    times = [0]
+    for _ in signs:
+        begin = times[-1] + rng.uniform(2, 4)
+        times += [begin, begin + rng.uniform(4, 6)]
     times.append(times[-1] + 3)
     frames = np.arange(0, times[-1], rng.uniform(0.8, 1.25))  # the signer's speed
-    track = [np.interp(frames, times, key) for key in np.array(keys).T]
-    points = demo_points(np.stack(track, -1))  # (T, 133)
+    track = np.stack([np.interp(frames, times, key) for key in keys.T], -1)  # (T, 14)
+
+    # joints; legs and face, which nothing reads, stay a dot
+    points = np.zeros((len(frames), JOINTS), complex)  # (T, 133)
+    points[:, :7] = DEMO_HEAD
+    for side, joints in enumerate((LEFT, RIGHT)):
+        wrist, palm, straight = np.split(track[:, 7 * side : 7 * side + 7], [1, 2], axis=1)
+        fan = np.exp(1j * np.linspace(-0.6, 0.6, 5) * [-1, 1][side])  # mirrored
+        fingers = (palm * fan * straight)[..., None] * DEMO_FINGERS  # (T, 5, 4)
+        points[:, joints] = wrist + np.hstack([0 * wrist, fingers.reshape(-1, 20)])  # (T, 21)
+        points[:, 9 + side] = wrist[:, 0]
+        points[:, 7 + side] = (points[:, 5 + side] + wrist[:, 0]) / 2 + 0.25j  # elbow
 
     # the signer's size, tilt, place and aspect; the detector's noise
     size = rng.uniform(0.14, 0.26)
-    tilt = np.radians(rng.uniform(-8, 8))
-    place = complex(rng.uniform(0.4, 0.6), rng.uniform(0.25, 0.4))
-    points = size * np.exp(1j * tilt) * points + place
+    points = points * size * np.exp(1j * rng.uniform(-0.14, 0.14))  # up to 8 degrees
+    points += complex(rng.uniform(0.4, 0.6), rng.uniform(0.25, 0.4))
     keypoints = np.stack([rng.uniform(0.92, 1.08) * points.real, points.imag], -1)
     keypoints += rng.normal(0, size * rng.uniform(0.004, 0.012), keypoints.shape)
     scores = rng.uniform(0.7, 1.0, points.shape)
-    scores[:, 11:23] = rng.uniform(0, 0.25, scores[:, 11:23].shape)  # hips, legs: out of the frame
-    for hand in (LEFT, RIGHT):
-        if rng.random() < 0.3:  # it drops out for some frames
+    scores[:, 11:23] = 0.2  # hips and legs are out of the frame
+    for joints in (LEFT, RIGHT):
+        if rng.random() < 0.3:  # the hand drops out for some frames
             begin = rng.integers(len(points))
             gone = slice(begin, begin + rng.integers(1, 4))
-            scores[gone, hand] = rng.uniform(0, 0.2)
-            keypoints[gone, hand] = rng.uniform(0, 1, 2)
+            scores[gone, joints] = 0.1
+            keypoints[gone, joints] = rng.uniform(0, 1, 2)
     return keypoints.astype(np.float32), scores.astype(np.float32)
-
-
-def demo_points(track):
-    """Both wrists and both hands (T, 16) -> all joints (T, 133), complex."""
-    wrists, left, right = np.split(track, [2, 9], axis=1)  # (T, 2), (T, 7), (T, 7)
-    points = np.full((len(track), JOINTS), -0.5j)  # legs and face, which nothing reads, are a dot
-    points[:, 0] = -0.55j  # nose
-    points[:, [3, 4]] = [0.17 - 0.57j, -0.17 - 0.57j]  # ears
-    points[:, [5, 6]] = [0.5, -0.5]  # shoulders
-    points[:, [7, 8]] = (points[:, [5, 6]] + wrists) / 2 + [0.2 + 0.25j, -0.2 + 0.25j]  # elbows
-    # the hands hang on them
-    points[:, [9, 10]] = wrists
-    points[:, LEFT] = wrists[:, :1] - demo_hand(left.real).conj()  # mirrored
-    points[:, RIGHT] = wrists[:, 1:] + demo_hand(right.real)
-    return points
-
-
-def demo_hand(hand):
-    """(T, 7) -> joints (T, 21) of a right hand around its wrist; at palm angle 0 it points up."""
-    # the fingers fan out, each bends at its joints
-    flexion, spread, palm = np.split(hand[..., None], [5, 6], axis=1)  # (T, 5, 1), (T, 1, 1) twice
-    fan = 1.3 * spread * np.arange(-2, 3)[:, None]  # (T, 5, 1)
-    curl = 1.2 * flexion * np.arange(4)  # (T, 5, 4)
-    heading = palm + fan + curl - np.pi / 2  # (T, 5, 4)
-    lengths = (1 - 0.3 * flexion) * [0.13, 0.07, 0.05, 0.04]
-    joints = (lengths * np.exp(1j * heading)).cumsum(-1)  # (T, 5, 4), from the wrist on
-    wrist = np.zeros((len(hand), 1))
-    return np.hstack([wrist, joints.reshape(-1, 20)])  # (T, 21)

@@ -29,7 +29,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -145,7 +145,6 @@ class Run:
     optimizer: Any = None  # AdamW
     scheduler: Any = None  # stepped with it
     writer: Any = None  # TensorBoard's
-    constant: str = ""  # train's most frequent text, a baseline
     total_steps: int = 0  # the budget
 
     # where it stands; KEPT in last.pt, which is written between two steps only
@@ -239,11 +238,11 @@ def save_checkpoint(path, run):
 
 
 @torch.no_grad()
-def evaluate(model, data_loader, inference, place=None, constant="", signals=None):
+def evaluate(model, data_loader, inference, place=None, signals=None):
     """Score a whole split -> (metrics, rows of (index, name, reference, prediction) in its order).
 
-    dev_loss: the plain nll per token; constant: the sentence of constant_bleu4. A text depends on
-    its clip alone, so the scores shuffled_* decode nothing anew. Raises Stopped after a signal.
+    dev_loss: the plain nll per token. A text depends on its clip alone, so the scores shuffled_*
+    decode nothing anew. Raises Stopped after a signal.
     """
     place = place or Place()
     dataset = data_loader.dataset
@@ -273,7 +272,7 @@ def evaluate(model, data_loader, inference, place=None, constant="", signals=Non
     metrics = {"dev_loss": math.fsum(nll) / tokens, "dev_accuracy": 100 * correct / tokens}
     predictions = [row[3] for row in rows]
     references = [row[2] for row in rows]
-    metrics |= scores_and_baselines(predictions, references, dataset.config.language, constant)
+    metrics |= scores_and_baselines(predictions, references, dataset.config.language)
     # glosses are read where the model has a CTC head and the clip has glosses
     signed = [(row[4], row[5]) for row in rows if row[4] is not None and row[5]]
     if signed:
@@ -357,12 +356,12 @@ def train(config, inference, args=None):
                     validate(run)
                 # an epoch a turn, until the budget is spent and the last weights are scored
                 while run.step < run.total_steps or not run.validated:
-                    for batch in rest_of_epoch(run):
+                    for *batch, last in rest_of_epoch(run):
                         with run.timed("computed"):
-                            micro_batch(run, *batch)
-                            if batch.last:
+                            micro_batch(run, *batch, last)
+                            if last:
                                 optimiser_step(run)
-                        if batch.last:
+                        if last:
                             after_step(run)
                     # the epoch or the budget is at its end
                     finished = run.step >= run.total_steps
@@ -576,7 +575,7 @@ def made_of(model, data):
 
 
 def make_loaders(run):
-    """Give the run its two loaders and the constant baseline -> optimiser steps in an epoch."""
+    """Give the run its two loaders -> optimiser steps in an epoch."""
     config = run.config
     train_data = run.data["train"]
     batches = math.ceil(len(train_data) / config.batch_size)  # of all processes together
@@ -585,8 +584,6 @@ def make_loaders(run):
             f"{run.place.world} processes for {batches} batches of {config.batch_size} clips: "
             "start fewer, or lower batch_size"
         )
-    texts = Counter(entry["text"] for entry in train_data.entries)
-    run.constant = texts.most_common(1)[0][0]
     accumulation = config.gradient_accumulation
     run.loader = make_loader(train_data, config.batch_size, run.place, True, accumulation)
     alone = Place(device=run.place.device)  # the first process scores all of dev
@@ -702,18 +699,13 @@ def print_plan(run):
 # ------------------------------------------------------------------------------- inside the loop
 
 
-class MicroBatch(NamedTuple):
-    """What one forward and backward pass works on."""
-
-    number: int  # among the epoch's batches of all processes
-    counts: bool  # False: it only keeps this process in step with the others
-    src_input: dict
-    tgt_input: dict
-    last: bool  # of its window: an optimiser step follows
-
-
 def rest_of_epoch(run):
-    """Yield the micro-batches of this epoch that are still to do, as long as the budget lasts."""
+    """Yield the micro-batches of this epoch that are still to do, as long as the budget lasts.
+
+    Each is (number among the epoch's batches of all processes, whether it counts, src_input,
+    tgt_input, whether it is the last of its window: an optimiser step follows). One that does not
+    count only keeps this process in step with the others.
+    """
     # order and speeds follow from seed and epoch: an interrupted epoch is the same again
     sampler = run.loader.batch_sampler
     sampler.epoch = run.epoch
@@ -731,7 +723,7 @@ def rest_of_epoch(run):
         run.batch += 1
         window_full = run.batch % run.config.gradient_accumulation == 0
         last = window_full or run.batch == len(plan)  # an epoch's last window may be short
-        yield MicroBatch(number, counts, src_input, tgt_input, last)
+        yield number, counts, src_input, tgt_input, last
         if run.step >= run.total_steps:
             return
 
@@ -875,9 +867,7 @@ def validate(run):
     if run.place.rank == 0:  # the others wait
         # several processes stop at an optimiser step, together
         signals = run.signals if run.place.world == 1 else None
-        scored = [
-            evaluate(run.model, run.dev_loader, run.inference, run.place, run.constant, signals)
-        ]
+        scored = [evaluate(run.model, run.dev_loader, run.inference, run.place, signals)]
     scores, rows = run.place.gather(scored)[0]
     sums = run.meter
     seconds = sums["waited"] + sums["computed"]
@@ -905,7 +895,7 @@ def validate(run):
 
 def print_validation(run, metrics, rows):
     """One line of scores, two samples, and warnings where nothing is learnt."""
-    names = "dev_loss dev_accuracy bleu4 shuffled_bleu4 constant_bleu4 chrf exact_match "
+    names = "dev_loss dev_accuracy bleu4 shuffled_bleu4 chrf exact_match "
     names += "unique_ratio reference_unique_ratio gloss_wer"
     report(run, "dev", {name: metrics[name] for name in names.split() if name in metrics})
     half = max(1, len(rows) // 2)
@@ -948,9 +938,7 @@ class Signals:
     number = 0
 
     def __enter__(self):
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        if os.name == "posix":
-            numbers.append(signal.SIGUSR1)  # Slurm's, before the time is up
+        numbers = stop_signals()
         if threading.current_thread() is not threading.main_thread():
             numbers = []  # Python lets the main thread alone set handlers
         self.before = {number: signal.signal(number, self.catch) for number in numbers}
@@ -972,11 +960,16 @@ class Signals:
 
 def leave_signals_to_main(_):
     """In a loading process: a signal to the whole group (Ctrl-C, Slurm) is the main process's."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # were it to die, the main process would fail before it could write last.pt
+    for number in stop_signals():
+        signal.signal(number, signal.SIG_IGN)
+
+
+def stop_signals():
+    numbers = [signal.SIGINT, signal.SIGTERM]
     if os.name == "posix":
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-        # were it to die at once, the main process would fail before it could write last.pt
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
+        numbers.append(signal.SIGUSR1)  # Slurm's, before the time is up
+    return numbers
 
 
 # ------------------------------------------------------------------------------- after the loop
@@ -1052,8 +1045,8 @@ def exchange(texts):
     return order.tolist()
 
 
-def scores_and_baselines(predictions, references, language, constant):
-    """The metrics beside their baselines: poses exchanged, one constant sentence.
+def scores_and_baselines(predictions, references, language):
+    """The metrics beside their baseline, the same texts for exchanged poses.
 
     BLEU of an order that no reference reaches is 0 for all: smoothing would give long garbage more.
     """
@@ -1068,7 +1061,6 @@ def scores_and_baselines(predictions, references, language, constant):
     shuffled = scores([predictions[i] for i in exchange(references)])
     for key in ("bleu4", "chrf", "exact_match"):
         metrics[f"shuffled_{key}"] = shuffled[key]
-    metrics["constant_bleu4"] = scores([constant] * len(references))["bleu4"]
     metrics["reference_unique_ratio"] = perfect["unique_ratio"]
     return metrics
 
@@ -1177,7 +1169,7 @@ def save_best(run, metrics):
     """Replace best/ as a whole; `models_lite.find_best` reads it, or best.old after a crash."""
 
     def write(folder):
-        run.model.save_pretrained(folder, **run.description(), constant=run.constant)
+        run.model.save_pretrained(folder, **run.description())
         (folder / "metrics.json").write_bytes(to_json(metrics))
 
     write_whole(run.folder / "best", write)
@@ -1340,8 +1332,7 @@ def evaluate_command(config, inference, args):
     dataset.encode = model.codec.encode  # labels, for the loss
     print("\n".join(data_report({args.split: dataset}, model.codec)), file=sys.stderr)
     loader = make_loader(dataset, max(config.batch_size, EVAL_BATCH), Place(device=place.device))
-    constant = read_json(folder / "config.json").get("constant", "")
-    metrics, rows = evaluate(model, loader, inference, place, constant)
+    metrics, rows = evaluate(model, loader, inference, place)
     print_scores(metrics, rows, config.language)
     out = Path(args.run, f"predictions_{args.split}.txt")
     write_predictions(out, rows)
@@ -1382,10 +1373,7 @@ def translate_command(config, inference, args):
             continue
         with on_device(pad_poses([pose]), place) as src_input, place.autocast():
             text = model.generate(src_input, **asdict(inference))[0]
-        line = f"{path}\t{text}"
-        if args.json:
-            line = json.dumps({"clip": path, "text": text}, ensure_ascii=False)
-        print(line)
+        print(f"{path}\t{text}")
     return exit_code
 
 
@@ -1419,8 +1407,6 @@ def make_parser(command):
         parser.add_argument("--split", default="dev", help=words)
     if command == "translate":
         parser.add_argument("clips", nargs="+", help="pose files")
-        words = "one JSON object a line"
-        parser.add_argument("--json", action="store_true", default=False, help=words)
     group = parser
     for item in [*fields(TrainConfig), *fields(InferenceConfig)]:
         if "group" in item.metadata:  # this field and those below it

@@ -5,7 +5,10 @@ import gzip
 import json
 import os
 import pickle
+import resource
+import signal
 import subprocess
+import sys
 import time
 import warnings
 from collections import OrderedDict
@@ -594,8 +597,6 @@ BAD_POSES = {
     "None inside": {"keypoints": None, "scores": None},
     "ragged": {"keypoints": [K[0], K[1, :5], K[2], K[3]], "scores": S},
     "a frame None": {"keypoints": [K[0], None, K[2], K[3]], "scores": S},
-    "lists of numbers": {"keypoints": K.tolist(), "scores": S.tolist()},
-    "a list among arrays": {"keypoints": list(K), "scores": [S[0], S[1], S[2].tolist(), S[3]]},
     "arrays of one number": {"keypoints": K, "scores": list(S[:, 0])},
     "complex": {"keypoints": [complex(1, 2)] * 4, "scores": S},
     "pixels, size 0": {"keypoints": K * 500, "scores": S, "w_h": [0, 500]},
@@ -930,26 +931,152 @@ def test_no_pickle_makes_objects_of_raw_bytes(tmp_path, name):
         + pickled_text("scores")
         + b"Ns."
     )
-    with pytest.raises(pickle.UnpicklingError, match="the_clip.pkl"):
+    with pytest.raises(REFUSED, match="the_clip.pkl"):
         load_pose_file(path)
 
 
-def test_bytes_of_another_encoding_are_refused_by_name(tmp_path):
-    (tmp_path / "the_clip.pkl").write_bytes(call("_codecs.encode", "x", "rot13"))
-    with pytest.raises(pickle.UnpicklingError, match="the_clip.pkl.*rot13"):
+def test_no_codec_but_latin1_is_called(tmp_path):
+    (tmp_path / "the_clip.pkl").write_bytes(call("_codecs.encode", "uryyb", "rot13"))
+    with pytest.raises(DataError, match="the_clip.pkl.*expected, found b'uryyb'"):
         load_pose_file(tmp_path / "the_clip.pkl")
 
 
-@pytest.mark.parametrize("put", [b"r\xff\xff\xff\xff", b"p4294967295\n", b"r\0\0\0\1"])
-def test_a_place_in_the_memo_that_nothing_can_have_filled_is_refused(tmp_path, put):
-    """Python would make a table up to it, of 64 GB."""
-    raw = b"\x80\4}" + put + b"."
-    (tmp_path / "clip.pkl").write_bytes(raw)
-    with pytest.raises(pickle.UnpicklingError, match="clip.pkl.*memo"):
-        load_pose_file(tmp_path / "clip.pkl")
-    (tmp_path / "labels.train").write_bytes(gzip.compress(raw))
-    with pytest.raises(pickle.UnpicklingError, match="labels.train.*memo"):
-        load_dataset_file(tmp_path / "labels.train")
+def peak_gb():
+    """Of this process and its children so far."""
+    who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return max(resource.getrusage(one).ru_maxrss for one in who) / 1e6
+
+
+# what each would do to the process that reads it
+BOMBS = {
+    "a memo of 64 GB": b"\x80\4}r\xff\xff\xff\xff.",
+    "the same in text": b"\x80\4}p4294967295\n.",
+    "a tuple 200,000 deep as a key: C recursion": b"\x80\4})" + b"\x85" * 200_000 + b"Ns.",
+    "a list 200,000 deep": b"\x80\4" + b"]" * 200_000 + b"a" * 199_999 + b".",
+    "a set that is its own member's": b"\x80\4\x8f" + b"(" * 50_000 + b".",
+    "3,000 copies of a megabyte": b"\x80\4c_codecs\nencode\nq\0000X\0\0\x10\0"
+    + b"a" * 2**20
+    + b"q\x010X\6\0\0\0latin1q\x020("
+    + b"h\0h\1h\2\x86R" * 3000
+    + b"l.",
+    "BUILD on an OrderedDict": b"\x80\4ccollections\nOrderedDict\n)R}X\5\0\0\0itemsNsb.",
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork, no guard")
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_hostile_file_is_named_and_costs_nothing_but_itself(tmp_path, name):
+    raw = BOMBS[name]
+    pose = tmp_path / "the_clip.pkl"
+    pose.write_bytes(raw)
+    labels = tmp_path / "labels.train"
+    labels.write_bytes(gzip.compress(raw))
+    for path, load in ((pose, load_pose_file), (labels, load_dataset_file)):
+        with pytest.raises(REFUSED, match=path.name):
+            load(path)
+    assert peak_gb() < 2
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork, no guard")
+def test_a_reader_that_takes_too_long_is_ended_by_its_cpu_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets_lite, "MAX_SECONDS", 1)
+    spin = tmp_path / "spin"
+
+    def read(path):
+        while path == spin:
+            pass
+        return path.name
+
+    found = list(datasets_lite.guarded(read, [tmp_path / "a", spin, tmp_path / "b"]))
+    assert found[0] == "a"
+    assert "spin" in str(found[1])
+    assert "CPU seconds" in str(found[1])
+    assert found[2] == "b", "the files behind it must still be read"
+
+
+def test_guarded_results_come_in_order_whatever_the_number_of_children(tmp_path):
+    def read(path):
+        if path.name == "7":
+            raise DataError(f"{path}: the seventh")
+        if path.name == "9":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return int(path.name)
+
+    paths = [tmp_path / str(number) for number in range(12)]
+    for children in (1, 2, 5, 20):
+        found = list(datasets_lite.guarded(read, paths, children))
+        assert [result for result in found if isinstance(result, int)] == [
+            number for number in range(12) if number not in (7, 9)
+        ]
+        assert str(found[7]).endswith("the seventh")
+        assert "signal 9" in str(found[9])
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)  # no child is left, no zombie either
+
+
+def test_the_data_set_names_a_clip_that_kills_its_reader_and_goes_on(tmp_path):
+    labels = write_corpus(tmp_path / "data", {f"c{i}": random_clip(seed=i) for i in range(5)})
+    deep = BOMBS["a tuple 200,000 deep as a key: C recursion"]
+    (tmp_path / "data" / "pose_format" / "c2.pkl").write_bytes(deep)
+    with pytest.raises(DataError, match="1 of 5 .*\n.*c2"):
+        SignLanguageDataset(labels, scratch_config(), "train")
+    skipping = scratch_config(on_bad_clip="skip")
+    assert names_of(SignLanguageDataset(labels, skipping, "train")) == ["c0", "c1", "c3", "c4"]
+
+
+GUARD_SCRIPT = """
+import sys, threading
+from pathlib import Path
+from torch.utils.data import DataLoader, Dataset
+from datasets_lite import load_pose_file
+
+class Clips(Dataset):
+    def __len__(self):
+        return 2
+    def __getitem__(self, index):
+        return load_pose_file(sys.argv[1])[1].shape
+
+print(load_pose_file(sys.argv[1])[1].shape)
+thread = threading.Thread(target=lambda: print(load_pose_file(sys.argv[1])[1].shape))
+thread.start()
+thread.join()
+print(*DataLoader(Clips(), num_workers=1, collate_fn=list))
+"""
+
+
+def test_the_guard_works_in_a_plain_script_a_thread_and_a_loading_process(tmp_path):
+    """No `if __name__ == "__main__"`; a loading process is daemonic and may start no other."""
+    path = tmp_path / "clip.pkl"
+    write_pose(path, *random_clip(6))
+    script = tmp_path / "script.py"
+    script.write_text(GUARD_SCRIPT)
+    run = subprocess.run(
+        [sys.executable, script, path],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(datasets_lite.__file__).parent)},
+    )
+    assert run.stderr == ""
+    assert run.stdout.split("\n") == ["(6, 133)"] * 2 + ["[(6, 133)] [(6, 133)]", ""]
+
+
+def test_a_file_that_was_checked_is_read_without_guard_until_its_bytes_change(
+    tmp_path, monkeypatch
+):
+    labels = write_corpus(tmp_path, {"a": random_clip(6)})
+    dataset = SignLanguageDataset(labels, scratch_config(), "dev")
+    guards = []
+    guarded = datasets_lite.guarded
+    monkeypatch.setattr(
+        datasets_lite, "guarded", lambda *args: guards.append(args[1]) or guarded(*args)
+    )
+    before = dataset[0][1]
+    assert guards == []
+    path = tmp_path / "pose_format" / "a.pkl"
+    write_pose(path, *random_clip(6, seed=1))
+    after = dataset[0][1]
+    assert guards == [[path]]
+    assert not torch.equal(before["body"], after["body"])
 
 
 def test_a_pickle_cannot_change_the_functions_that_it_may_call(tmp_path, monkeypatch):
@@ -1180,29 +1307,33 @@ def test_the_files_are_read_once_and_again_only_where_they_changed(tmp_path, mon
     label = write_corpus(tmp_path / "data", {f"c{i}": random_clip(8 + i, seed=i) for i in range(4)})
     config = scratch_config(output_dir=str(tmp_path / "run"))
     inspect_clip = datasets_lite.inspect_clip
-    read = []
+    log = tmp_path / "log"  # a file, since children read
 
     def noted_and_inspected(path):
-        read.append(Path(path).stem)
+        with log.open("a") as file:
+            print(path.stem, file=file)
         return inspect_clip(path)
+
+    def files_read():
+        names = log.read_text().split() if log.exists() else []
+        log.unlink(missing_ok=True)
+        return sorted(names)
 
     monkeypatch.setattr(datasets_lite, "inspect_clip", noted_and_inspected)
     first = SignLanguageDataset(label, config, "train")
-    assert sorted(read) == ["c0", "c1", "c2", "c3"]
-    read.clear()
+    assert files_read() == ["c0", "c1", "c2", "c3"]
     second = SignLanguageDataset(label, config, "train")
-    assert read == []
+    assert files_read() == []
     assert second.lengths == first.lengths == [8, 9, 10, 11]
     write_pose(tmp_path / "data" / "pose_format" / "c2.pkl", *random_clip(20))
     third = SignLanguageDataset(label, config, "train")
-    assert read == ["c2"]
+    assert files_read() == ["c2"]
     assert third.lengths == [8, 9, 20, 11]
     same = tmp_path / "data" / "pose_format" / "c1.pkl"
     # the same size, another time of change
     os.utime(same, ns=(same.stat().st_atime_ns, same.stat().st_mtime_ns + 5))
-    read.clear()
     SignLanguageDataset(label, config, "train")
-    assert read == ["c1"]
+    assert files_read() == ["c1"]
 
 
 def test_a_bad_clip_stays_bad_when_the_findings_are_reused(mixed, tmp_path):

@@ -25,11 +25,16 @@ from transformers import DynamicCache, MT5Config, MT5ForConditionalGeneration
 
 import models_lite
 from config_lite import ConfigError, InferenceConfig, TrainConfig
-from datasets_lite import BODY, DataError, SignLanguageDataset, load_dataset_file
+from datasets_lite import (
+    BODY,
+    DataError,
+    SignLanguageDataset,
+    ctc_positions,
+    load_dataset_file,
+)
 from models_lite import (
     SignLanguageLite,
     TextCodec,
-    ctc_positions,
     hand_features,
     part_features,
     train_tokenizer,
@@ -227,17 +232,6 @@ def test_transformers_own_tying_finds_nothing_to_tie(mt5_folder, clips):
         model.mt5_model.tie_weights()
         assert not tied(model), tied(model)
         assert torch.equal(head, model.mt5_model.lm_head.weight)
-
-
-def test_tied_tables_are_refused_when_weights_are_loaded(clips):
-    """load_state_dict itself would report success, while the second table overwrites the first."""
-    model = scratch_model(clips)
-    state = {name: value.clone() for name, value in model.state_to_save().items()}
-    assert {"mt5_model.shared.weight", "mt5_model.lm_head.weight"} <= state.keys(), "both are saved"
-    model.mt5_model.lm_head.weight = model.mt5_model.shared.weight
-    assert tied(model), "the test's own detector"
-    with pytest.raises((RuntimeError, DataError)):
-        model.load_saved(state)
 
 
 def test_a_pretrained_model_that_is_tied_is_refused(mt5_folder, tmp_path):
@@ -598,16 +592,6 @@ def test_the_decoder_s_cache_is_known_under_any_name(clips, name):
     assert given[name] is cache
 
 
-def test_a_run_from_before_the_decoder_had_positions_is_refused(clips, tmp_path):
-    """Its weights would fit, and every text would be wrong."""
-    best = save_best(scratch_model(clips), tmp_path / "best")
-    weights = load_file(best / "model.safetensors")
-    assert weights.pop("piece_position.table").shape == (128, 32)
-    save_file(weights, best / "model.safetensors")
-    with pytest.raises(DataError, match="piece_position.table"):
-        SignLanguageLite.from_pretrained(best)
-
-
 def test_a_pretrained_decoder_is_given_its_pieces_as_they_are(mt5_folder, clips):
     model = without_dropout(pretrained_model(mt5_folder, TEXTS))
     seen = decoder_inputs(model)
@@ -882,20 +866,16 @@ def test_ctc_without_a_single_gloss_in_the_batch_adds_nothing(clips):
 
 
 @pytest.mark.parametrize("gloss, needs", [(["我"] * 8, 15), (["我", "书"] * 5, 10)])
-def test_too_few_frames_for_the_glosses_is_an_error_that_names_the_clip(clips, gloss, needs):
-    """Never an infinite loss: n glosses need n positions, and one more between equal neighbours."""
+def test_as_many_positions_as_the_data_set_asks_for_are_enough_for_ctc(clips, gloss, needs):
+    """n glosses need n positions, and one more between equal neighbours; fewer cost infinity."""
     model = scratch_model(clips, ctc_weight=0.5, temporal_stride=1).train()
-    assert ctc_positions([model.glosses.index(word) for word in gloss]) == needs
+    assert ctc_positions(gloss) == needs
 
-    def run(frames):
-        src_input = random_poses(frames)
-        src_input["src_length"] = torch.tensor([frames])
-        src_input["names"] = ["S000123"]
-        return model(src_input, {"gt_sentence": ["我"], "gt_gloss": [gloss]})
+    def loss(frames):
+        return model(random_poses(frames), {"gt_sentence": ["我"], "gt_gloss": [gloss]}).loss
 
-    assert torch.isfinite(run(needs).loss)
-    with pytest.raises(DataError, match="S000123"):
-        run(needs - 1)
+    assert torch.isfinite(loss(needs))
+    assert torch.isposinf(loss(needs - 1))
 
 
 # ------------------------------------------------------------ the vocabulary

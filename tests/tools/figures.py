@@ -41,7 +41,8 @@ def curves(run, out):
 
 def picture_shape(path):
     """-> (width / height of the clip's picture, whether the file tells)."""
-    stored = data_files.read_container(path)
+    raw = path.read_bytes()
+    stored = np.load(path) if path.suffix == ".npz" else data_files.unpickle(raw)
     if stored.get("w_h") is not None:
         width, height = stored["w_h"]
         return width / height, True
