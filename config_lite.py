@@ -12,11 +12,21 @@ What ScratchConfig and DemoConfig set in place of TrainConfig's defaults is prin
 
 import math
 import os
+import re
 from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
 
 DEFAULT_DATA_DIR = "data/CSL_Daily_lite"
 DEFAULT_MT5 = "google/mt5-small"
+
+
+NO_SPACES = ["zh", "ja", "th", "lo", "km", "my"]  # written so, and therefore scored by character
+# names and longer codes, each before the code that is used here
+LANGUAGES = """chinese zh mandarin zh cantonese zh zho zh chi zh cmn zh yue zh cn zh japanese ja
+jpn ja thai th tha th lao lo khmer km khm km burmese my mya my bur my arabic ar bengali bn czech cs
+danish da dutch nl english en finnish fi french fr german de greek el hebrew he hindi hi indonesian
+id italian it korean ko persian fa polish pl portuguese pt russian ru spanish es swedish sv turkish
+tr ukrainian uk urdu ur vietnamese vi"""
 
 
 class ConfigError(ValueError):
@@ -91,7 +101,7 @@ class TrainConfig:
         64, "pieces a text at most; longer ones are cut and counted", least=1, most=2**16
     )
     # it decides how BLEU cuts a text, nothing else
-    language: str = option("zh", "of the texts: zh is scored by character, others by word")
+    language: str = option("zh", "of the texts: by its ISO 639 code; zh is scored by character")
     # new every epoch; evaluation reads clips as they are
     augment: bool = option(False, "vary speed, tilt, aspect and noise of the training clips")
     on_bad_clip: Literal["error", "skip"] = option("error", "stop at bad clips, or leave them out")
@@ -144,7 +154,7 @@ class TrainConfig:
 
     # --- machine ---
     # one machine; several processes are torchrun's matter
-    device: Literal["auto", "cuda", "mps", "cpu"] = option(
+    device: Literal["auto", "cuda", "cpu"] = option(
         "auto", "auto = cuda where there is one, else cpu", group="machine"
     )
     num_workers: int = option(2, "processes that load clips; 0 = in the main process")
@@ -159,8 +169,19 @@ class TrainConfig:
         _require(self, "d_model", self.d_model % 32 == 0, "a multiple of 32")
         enough = self.max_length >= self.temporal_stride
         _require(self, "max_length", enough, "at least temporal_stride")
+        self.language = language_code(self.language)
         for name in ("mt5_path", "data_dir", "output_dir", "init_from", "log_dir", "resume_from"):
             setattr(self, name, os.path.expanduser(getattr(self, name)))
+
+
+def language_code(language):
+    """'ZH', 'zh-CN', 'Chinese' -> 'zh', 'German' -> 'de'. ConfigError for what is no language."""
+    code = re.split("[-_]", language.strip().lower())[0]
+    words = LANGUAGES.split()
+    code = dict(zip(words[::2], words[1::2])).get(code, code)
+    if not re.fullmatch("[a-z]{2,3}", code):
+        raise ConfigError(f"language is {language!r}: give an ISO 639 code, such as zh or de")
+    return code
 
 
 @dataclass(slots=True)
@@ -235,38 +256,32 @@ def set_instead(config):
 
 def _check_fields(config, owner):
     """Type, choices and range of each field; owner is the class whose options say what they are."""
-    # a subclass may set fields, not make new ones
-    known = {item.name for item in fields(owner)}
+    options = {item.name: item for item in fields(owner)}
     for item in fields(config):
-        if item.name not in known:
+        # a subclass may set fields, not make new ones
+        if item.name not in options:
             raise ConfigError(
                 f"{type(config).__name__}.{item.name}: {owner.__name__} has no field of that name; "
                 f"one of the two is misspelt"
             )
-    for item in fields(owner):
-        value = getattr(config, item.name)
-        # the type says what fits
-        choices = get_args(item.type)  # of a Literal
-        if choices:
-            fits = value in choices and type(value) is type(choices[0])
-            _require(config, item.name, fits, "one of " + ", ".join(map(repr, choices)))
-        elif item.type in (int, float):
-            _check_number(config, item, value)
-        else:
-            fits = isinstance(value, item.type)
-            _require(config, item.name, fits, f"a {item.type.__name__}")
+        wanted = _misfit(getattr(config, item.name), options[item.name])
+        _require(config, item.name, not wanted, wanted)
 
 
-def _check_number(config, item, value):
-    # True is an int to Python
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    _require(config, item.name, is_number and math.isfinite(value), "a finite number")
-    if item.type is int:
-        _require(config, item.name, isinstance(value, int), "a whole number")
+def _misfit(value, item):
+    """What the option asks for where the value does not fit, else ""."""
+    choices = get_args(item.type)  # of a Literal
     least = item.metadata.get("least", 0)
     most = item.metadata.get("most", math.inf)
-    _require(config, item.name, value >= least, f"at least {least}")
-    _require(config, item.name, value <= most, f"at most {most}")
+    kind = type(value)  # not isinstance: True is an int to Python
+    if choices:
+        if kind is not type(choices[0]) or value not in choices:
+            return "one of " + ", ".join(map(repr, choices))
+    elif kind is not item.type and (kind, item.type) != (int, float):
+        return f"of type {item.type.__name__}"
+    elif kind in (int, float) and not (math.isfinite(value) and least <= value <= most):
+        return f"a number from {least} to {most}"
+    return ""
 
 
 def _require(config, name, holds, wanted):

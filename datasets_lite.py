@@ -16,10 +16,12 @@ import json
 import math
 import os
 import pickle
+import re
 import reprlib
 import signal
 import tempfile
 import time
+import unicodedata
 import warnings
 from contextlib import contextmanager, suppress
 from hashlib import sha256
@@ -28,6 +30,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import sentencepiece
 import torch
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
@@ -53,11 +56,19 @@ RIGHT_WRIST = BODY.index(10)
 MAX_BYTES = 256 * 2**20
 MAX_SECONDS = 20
 MAX_MEMORY = 2**30
+POINTER = b"version https://git-lfs"
+VIDEO = re.compile(r"\.(mp4|avi|mov|mkv|webm|m4v|mpe?g|wmv)$", re.IGNORECASE)
+NORMALIZER = sentencepiece.SentencePieceNormalizer(rule_name="nmt_nfkc")  # mT5's
 CHECKED = {}  # pose file -> sha256 of contents that were read under guard, without harm
 
 
 class DataError(ValueError):
     """The data cannot be used as it is; the message names file or clip, and what to do."""
+
+
+def normalise(text):
+    """A text as the vocabulary gives it back: NFKC, odd characters dropped or made spaces."""
+    return " ".join(NORMALIZER.normalize(text).replace("▁", " ").split())
 
 
 # ------------------------------------------------------------------------------- labels
@@ -66,14 +77,15 @@ class DataError(ValueError):
 def load_dataset_file(path, problems=None):
     """Labels -> {name: {name, text, gloss (list, may be empty), pose (file name)}}.
 
-    Reads a gzip-pickled dict (CSL-Daily), and JSON: a dict, or CSL-News's list of {video, pose,
-    text}. Raises DataError naming file or entry, pickle.UnpicklingError for a pickle that asks for
-    more than data; where a list of problems is given, faulty entries go there and are left out.
+    Reads pickles (CSL-Daily: a dict) and JSON (a dict, or CSL-News's list of {video, pose, text}),
+    gzipped or not, and JSON lines. Raises DataError naming file or entry, pickle.UnpicklingError
+    for a pickle that asks for more than data; where a list of problems is given, faulty entries go
+    there and are left out.
     """
     path = Path(path)
     if not path.is_file():
         raise DataError(
-            f"{path}: no such label file; data_dir must hold labels.train, .dev and .test"
+            f"{path}: no such label file; --data_dir names a folder with labels.train, .dev, .test"
         )
     entries, faults = read_guarded(read_labels, path)
     # `check` names all faults of a corpus, training stops at the first kind
@@ -87,11 +99,15 @@ def load_dataset_file(path, problems=None):
 def read_labels(path):
     """-> entries, faults; runs under guard."""
     raw = read_bytes(path)
-    with naming(path, "damaged, or neither a gzip-pickled dict nor JSON"):
-        if raw[:2] == b"\x1f\x8b":  # gzip's first bytes
-            data = unpickle(gzip.decompress(raw))
-        else:
-            data = json.loads(raw.decode("utf-8"))
+    if raw[:2] == b"\x1f\x8b":  # gzip's first bytes
+        with naming(path, "its gzip is damaged"):
+            raw = gzip.decompress(raw)
+    refuse_known(path, raw)
+    with naming(path, "neither a pickle nor JSON (gzipped or not), nor JSON lines"):
+        # a pickle's first opcode, of any protocol
+        data = (
+            unpickle(raw) if raw[:1] in (b"\x80", b"(", b"}", b"]", b"c") else parse_json(path, raw)
+        )
     if not isinstance(data, (dict, list)) or not data:
         raise DataError(
             f"{path}: a dict or list of entries was expected, found {reprlib.repr(data)}"
@@ -100,12 +116,13 @@ def read_labels(path):
     pairs = data.items() if isinstance(data, dict) else enumerate(data)
     entries = {}
     faults = []
-    for number, (key, entry) in enumerate(pairs):
+    for key, entry in pairs:
         try:
-            with naming(path, f"entry {number} is malformed"):
+            with naming(path, f"entry {key!a} is malformed"):
                 if isinstance(data, list) and isinstance(entry, dict):
-                    # by its pose: many clips may come from one video
-                    key = Path(str(entry.get("pose") or entry.get("video") or key)).stem
+                    # by its pose, with the folder: many clips may come from one video
+                    names = [entry.get(field) for field in ("pose", "pose_path", "video", "name")]
+                    key = Path(pose_name(next(filter(None, names), key))).with_suffix("").as_posix()
                 key = str(key)
                 if key in entries:
                     raise DataError(f"{path}: entry {key} is there twice; rename or remove one")
@@ -113,6 +130,57 @@ def read_labels(path):
         except DataError as error:
             faults.append(str(error))
     return entries, faults
+
+
+def parse_json(path, raw):
+    """JSON, or an object a line; with or without a byte order mark."""
+
+    def once(pairs):
+        found = {}
+        for name, value in pairs:
+            if name in found:
+                raise DataError(f"{path}: {name!r} is there twice; rename or remove one")
+            found[name] = value
+        return found
+
+    text = raw.decode("utf-8-sig").strip()
+    if text[:1] not in ("{", "["):
+        raise DataError(
+            f"{path}: a table, or other text that is no JSON (it begins {text[:40]!r}): write "
+            '{name: {"text": ..., "gloss": [...]}}'
+        )
+    try:
+        return json.loads(text, object_pairs_hook=once)
+    except json.JSONDecodeError:
+        lines = text.splitlines()
+        if len(lines) < 2 or text[0] == "[":
+            raise
+        return [json.loads(line, object_pairs_hook=once) for line in lines if line.strip()]
+
+
+def refuse_known(path, raw):
+    """Name a file that is of another kind altogether."""
+    kinds = {
+        POINTER: "a Git LFS pointer, not the file itself: run `git lfs pull`",
+        b"<": "a web page, not the file itself: download it again",
+        b"\xff\xfe": "text in UTF-16: save it as UTF-8",
+        b"\xfe\xff": "text in UTF-16: save it as UTF-8",
+        b"PK": "a zip archive: unpack it",
+    }
+    for beginning, kind in kinds.items():
+        if raw.startswith(beginning):
+            raise DataError(f"{path}: {kind}")
+
+
+def refuse_pointer(path):
+    """The same for weights, of which no more than the beginning is read."""
+    with open(path, "rb") as file:
+        refuse_known(path, POINTER if file.read(len(POINTER)) == POINTER else b"")
+
+
+def pose_name(name):
+    """A label's path of a pose or video -> the pose's within pose_format."""
+    return re.sub("^(./)*pose_format/", "", VIDEO.sub(".pkl", str(name).replace("\\", "/")))
 
 
 def make_entry(path, key, entry):
@@ -123,7 +191,7 @@ def make_entry(path, key, entry):
             f"{where} is a {type(entry).__name__}, a dict with name and text was expected"
         )
     text = entry.get("text")
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str) or not normalise(text):
         found = reprlib.repr(text)
         raise DataError(f"{where} has no text (found {found}); give it one or remove the entry")
     # words in a list, or in one text with spaces; none = gloss-free
@@ -132,16 +200,16 @@ def make_entry(path, key, entry):
         gloss = []
     elif isinstance(gloss, str):
         gloss = gloss.split()
+    elif isinstance(gloss, StoredArray):
+        gloss = np.asarray(gloss).tolist()
     is_list = isinstance(gloss, (list, tuple))
     # anything else would be counted, or read letter by letter
     if not is_list or not all(isinstance(word, str) for word in gloss):
         kind = type(gloss).__name__
         raise DataError(f"{where} has glosses of type {kind}, a list of words was expected")
     name = str(entry.get("name") or key)
-    pose = str(entry.get("pose") or f"{name}.pkl")
-    # no system has such a file, and Python would raise at every look
-    if "\0" in name + pose:
-        raise DataError(f"{where} has a name or pose that cannot be a file's; mend or remove it")
+    pose = entry.get("pose") or entry.get("pose_path") or entry.get("video_path")
+    pose = pose_name(pose or (name if VIDEO.search(name) else f"{name}.pkl"))
     # half a character fails here, not when the texts are tokenised
     "".join([name, pose, text, *gloss]).encode()
     return {"name": name, "text": text, "gloss": list(gloss), "pose": pose}
@@ -240,12 +308,13 @@ class SignLanguageDataset(Dataset):
         self.pose_dir = self.label_path.parent / "pose_format"
         self.encode = None
         # labels, then poses: what is wrong is said before a model is built
-        self.entries = list(load_dataset_file(label_path, problems).values())
+        faulty = []  # entries, then clips
+        self.entries = list(load_dataset_file(label_path, faulty).values())
         self.paths = [self._find(entry) for entry in self.entries]
         if config.output_dir:
             Path(config.output_dir).mkdir(parents=True, exist_ok=True)
         self.reports = self._inspect_all()
-        self._drop_bad(problems)
+        self._drop_bad(faulty, problems)
         # frames after sampling, before augmentation
         self.lengths = [min(report.frames, config.max_length) for report in self.reports]
         self.begin_epoch(0)
@@ -295,14 +364,17 @@ class SignLanguageDataset(Dataset):
     # --- what is checked before the first step ---
 
     def _find(self, entry):
-        """The entry's pose, else name.pkl, else name.npz; None for one outside pose_format."""
-        for name in (entry["pose"], entry["name"] + ".pkl", entry["name"] + ".npz"):
-            # a label must not make the loader read any file of the machine
-            path = self.pose_dir / name
-            if not path.resolve().is_relative_to(self.pose_dir.resolve()):
+        """Where the entry's pose lies; None for one outside pose_format."""
+        stems = [re.sub(r"\.(pkl|npz|pose)$", "", entry["pose"]), VIDEO.sub("", entry["name"])]
+        names = [stem + ending for stem in stems for ending in (".pkl", ".npz", ".pose")]
+        for name in [entry["pose"], *names]:
+            # a label must not make the loader read any file of the machine; a link may lead out
+            if Path(name).is_absolute() or ".." in Path(name).parts:
                 return None
-            if path.is_file():
-                return path
+            for form in ("NFC", "NFD"):  # macOS takes characters apart
+                path = self.pose_dir / unicodedata.normalize(form, name)
+                if os.path.isfile(path):  # False, too, for what can be no file's name
+                    return path
         return self.pose_dir / entry["pose"]
 
     def _inspect_all(self):
@@ -341,17 +413,17 @@ class SignLanguageDataset(Dataset):
             "it, or --temporal_stride 1, or --ctc_weight 0"
         )
 
-    def _drop_bad(self, problems):
-        """Leave out bad clips, or refuse the set, as on_bad_clip says; problems takes names."""
+    def _drop_bad(self, bad, problems):
+        """Leave out what is bad, or refuse the set, as on_bad_clip says; problems takes names."""
         usable = []
-        bad = []  # all are named, the first five on the screen
+        count = len(bad) + len(self.entries)
         for entry, report in zip(self.entries, self.reports):
             problem = self._problem(entry, report)
             usable.append(not problem)
             if problem:
                 bad.append(f"{entry['name']}: {problem}")
-        count = f"{len(bad)} of {len(usable)} clips are unusable"
-        message = f"{self.label_path}: {count}:\n{first_five(bad)}"
+        # all are named, the first five on the screen
+        message = f"{self.label_path}: {len(bad)} of {count} clips are unusable:\n{first_five(bad)}"
         self.entries = list(compress(self.entries, usable))
         self.paths = list(compress(self.paths, usable))
         self.reports = list(compress(self.reports, usable))
@@ -377,13 +449,14 @@ class ClipReport(NamedTuple):
     not_finite: int = 0  # joints, among the used ones, with a NaN or Inf
     in_pixels: bool = False  # still, where load_pose_file had no w_h to divide by
     digest: str = ""  # of the file's contents
+    odd: list = []  # what looks wrong, for `check`
     problem: str = ""  # why the clip cannot be used
 
 
 def inspect_clip(path):
     """One pose file -> ClipReport; runs under guard. None: see `_find`."""
     if path is None:
-        raise DataError("its pose is outside pose_format, or a link leads out of it: refused")
+        raise DataError("None: its pose is a path out of pose_format: refused")
     raw = read_pose_bytes(path)
     keypoints, scores = parse_pose(path, raw)
     # counts for the report of `check`
@@ -402,13 +475,36 @@ def inspect_clip(path):
         not_finite=int(not_finite.sum()),
         in_pixels=in_pixels(keypoints, scores),
         digest=sha256(raw).hexdigest(),
+        odd=oddities(keypoints, scores),
         problem=problem,
     )
 
 
+@np.errstate(all="ignore")
+def oddities(keypoints, scores):
+    """What looks wrong in a clip, each with what to do."""
+    seen = scores > THRESHOLD  # (T, 133)
+    odd = []
+    if len(scores) == 1:
+        odd.append("one frame only: is time the first axis?")
+    if scores.max() > 2:
+        odd.append("scores far above 1: bring them to 0..1, or nothing counts as unseen")
+    if (seen & (keypoints == 0).all(-1))[:, USED].any():
+        odd.append("joints at exactly (0, 0) with a high score: score them 0 where they are unseen")
+    # frames in which the wrists are nearer to the other's shoulder; crossed arms are brief
+    both = seen[:, [5, 6, 9, 10]].all(1)  # (T,)
+    shoulders = keypoints[both][:, [5, 6]]  # (frames, 2, 2)
+    wrists = keypoints[both][:, [9, 10]]
+    own = np.linalg.norm(wrists - shoulders, axis=-1).sum(1)  # (frames,)
+    other = np.linalg.norm(wrists - shoulders[:, ::-1], axis=-1).sum(1)
+    if both.mean() > 0.5 and (own > other).mean() > 0.8:
+        odd.append("each wrist beside the other shoulder: are left and right exchanged?")
+    return odd
+
+
 def file_key(path):
     """What tells that a file has changed: path, size and time; "" = there is no file."""
-    if path is None or not path.is_file():
+    if path is None or not os.path.isfile(path):
         return ""
     stat = path.stat()
     return f"{path} {stat.st_size} {stat.st_mtime_ns}"
@@ -566,9 +662,11 @@ class LengthBatchSampler(Sampler):
 def load_pose_file(path):
     """One clip -> (keypoints (T, 133, 2), scores (T, 133)), float32; pixels are divided by w_h.
 
-    .pkl holds arrays, or lists of an array a frame, with or without the person axis, and may hold
-    start, end (frames, end exclusive) and w_h; .npz holds the same as arrays, nothing pickled.
-    Raises DataError naming the file, pickle.UnpicklingError for a pickle that asks for more.
+    .pkl holds arrays, nested lists or lists of an array a frame, as `all_frames` takes them, and
+    may hold start, end (frames, end exclusive) and w_h; .npz holds the same as arrays, nothing
+    pickled; .pose is read by the package pose-format. Without scores the keypoints' third channel
+    is taken. Raises DataError naming the file, pickle.UnpicklingError for a pickle that asks for
+    more.
     """
     path = Path(path)
     raw = read_pose_bytes(path)
@@ -586,7 +684,7 @@ def pose_as_list(path):
 
 
 def read_pose_bytes(path):
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise DataError(f"{path}: no such pose file")
     return read_bytes(path)
 
@@ -597,14 +695,27 @@ def parse_pose(path, raw):
         if path.suffix == ".npz":
             with np.load(io.BytesIO(raw), allow_pickle=False) as archive:
                 data = dict(archive)
+        elif path.suffix == ".pose":
+            data = read_pose_format(path, raw)
         else:
+            refuse_known(path, raw)
             data = unpickle(raw)
-        if not isinstance(data, dict) or not {"keypoints", "scores"} <= data.keys():
+        if not isinstance(data, dict) or "keypoints" not in data:
             raise DataError(
                 f"{path}: keypoints and scores were expected, found {reprlib.repr(data)}"
             )
-        keypoints = all_frames(data["keypoints"], (JOINTS, 2), "keypoints", path)
-        scores = all_frames(data["scores"], (JOINTS,), "scores", path)
+        keypoints = all_frames(data["keypoints"], "keypoints", path)  # (T, 133, 2 or 3)
+        if "scores" in data:
+            scores = all_frames(data["scores"], "scores", path)  # (T, 133, 1)
+        else:
+            scores = keypoints[..., 2:]
+        if (keypoints.shape[2], scores.shape[2]) not in [(2, 1), (3, 1)]:
+            raise DataError(
+                f"{path}: a joint has {keypoints.shape[2]} numbers and {scores.shape[2]} scores; 2 "
+                "and 1 were expected, or 3, the last its score"
+            )
+        keypoints = keypoints[..., :2]
+        scores = scores[..., 0]
         # the two must belong together
         count = len(scores)
         if len(keypoints) != count:
@@ -623,26 +734,85 @@ def parse_pose(path, raw):
         return keypoints, scores
 
 
-def all_frames(value, shape, field, path):
-    """(T, 133, ...) or (T, 1, 133, ...), or a list of an array a frame -> float32 (T, 133, ...)."""
-    if isinstance(value, (list, tuple)) and value:
-        value = [np.asarray(frame) for frame in value]
-        if any(frame.shape != value[0].shape for frame in value):
-            raise DataError(
-                f"{path}: {field} is a list, but not of arrays of one shape, an array a frame"
-            )
-        value = np.stack(value, dtype=np.float32, casting="unsafe")
-    # arrays of any float or integer kind
+def all_frames(value, field, path):
+    """Persons and frames in any usual order -> (T, 133, channels) float32, the first person's.
+
+    (T, 133, C), (T, persons, 133, C), (persons, T, 133, C) where the second axis is over 10 and
+    longer than the first; scores without their axis of one. In a list of frames the number of
+    persons may change, and a frame with nobody (empty or None) stays, unseen. Other orders raise
+    DataError.
+    """
+    if isinstance(value, (list, tuple)):
+        frames = [np.asarray([] if frame is None else frame) for frame in value]
+        shown = [frame for frame in frames if frame.size]
+        if shown and len({frame.shape for frame in frames}) > 1:  # persons come and go
+            usual = 1 if field == "scores" and shown[0].shape[-1] == JOINTS else 2
+            firsts = [frame.reshape(-1, *frame.shape[-usual:])[:1] for frame in shown]
+            nobody = np.zeros_like(firsts[0])
+            rest = iter(firsts)
+            frames = [next(rest) if frame.size else nobody for frame in frames]
+        value = np.stack(frames)
     array = np.asarray(value)
-    if array.ndim == len(shape) + 2 and array.shape[1]:  # a person axis: the first is the signer
-        array = array[:, 0]
+    found = f"dtype {array.dtype}, shape {array.shape}"
+    if field == "scores" and array.shape[-1:] == (JOINTS,):
+        array = array[..., None]  # (T, 133, 1), perhaps with persons
+    if array.ndim == 4 and array.shape[1]:
+        persons_first = array.shape[1] > max(10, array.shape[0])
+        array = array[0] if persons_first else array[:, 0]
     # 133 joints: other skeletons would be read as something else
-    if array.dtype.kind not in "biuf" or array.shape[1:] != shape:
+    if array.dtype.kind not in "biuf" or array.ndim != 3 or array.shape[1] != JOINTS:
         raise DataError(
-            f"{path}: {field} has dtype {array.dtype}, shape {array.shape}; numbers in frames of "
-            f"{shape} or {(1, *shape)} were expected (COCO-WholeBody)"
+            f"{path}: {field} has {found}; numbers in frames of ({JOINTS}, ...) or (persons, "
+            f"{JOINTS}, ...) were expected (COCO-WholeBody)"
         )
     return array.astype(np.float32, copy=False)
+
+
+# joints of the body as .pose headers call them, without sides, in lower case
+POSE_FORMAT_BODY = {
+    "nose": [0],
+    "ear": [3, 4],
+    "shoulder": [5, 6],
+    "elbow": [7, 8],
+    "wrist": [9, 10],
+}
+
+
+def read_pose_format(path, raw):
+    """A .pose file's first person, in pixels over the header's size: {keypoints, scores}.
+
+    Joints are found by their names (COCO-WholeBody, MediaPipe Holistic, OpenPose); those that the
+    header lacks are unseen.
+    """
+    try:
+        from pose_format import Pose
+    except ImportError:
+        raise DataError(f"{path}: .pose files need a package: pip install pose-format") from None
+    pose = Pose.read(raw)
+    source = {}  # our joint -> its place in the file
+    place = 0
+    for component in pose.header.components:
+        kind = component.name.lower()
+        for number, point in enumerate(component.points):
+            name = point.lower().replace("_", "")
+            side = name.startswith("r")
+            joints = POSE_FORMAT_BODY.get(re.sub("^(left|right|l|r)", "", name), [])
+            if "hand" in kind and len(component.points) == len(LEFT):
+                source[(LEFT if "left" in kind else RIGHT)[number]] = place
+            elif joints and "hand" not in kind and "world" not in kind:
+                source[joints[side and len(joints) > 1]] = place
+            place += 1
+    if not {5, 6, LEFT[0], RIGHT[0]} <= source.keys():
+        names = ", ".join(component.name for component in pose.header.components)
+        raise DataError(f"{path}: its header has no shoulders or not both hands, only {names}")
+    size = pose.header.dimensions
+    places = list(source.values())
+    data = np.asarray(pose.body.data)[:, 0, places, :2]  # (T, joints, 2), the first person
+    keypoints = np.zeros((len(data), JOINTS, 2))
+    keypoints[:, list(source)] = data / [size.width, size.height]
+    scores = np.zeros((len(data), JOINTS))
+    scores[:, list(source)] = np.asarray(pose.body.confidence)[:, 0, places]
+    return {"keypoints": keypoints, "scores": scores}
 
 
 def two_numbers(values, least, field, wanted, path):
@@ -762,8 +932,13 @@ def naming(path, what, kind=DataError):
         if isinstance(error, Refused):
             raise Refused(
                 f"{path}: refused, the pickle asks for {error}; a label or pose file needs nothing "
-                "but arrays and plain containers, so don't trust it"
+                "but arrays and plain containers. If you trust who made it, convert it there:\n"
+                f"  data = pickle.load(open({path.name!r}, 'rb'))\n"
+                f"  np.savez('{path.stem}.npz', keypoints=np.float32(data['keypoints']), "
+                "scores=np.float32(data['scores']))"
             ) from None
+        if isinstance(error, PermissionError):
+            what = "this user may not read it"
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise kind(f"{path}: {what} ({reason:.200})") from error
 
@@ -775,7 +950,10 @@ def check_size(path, size, what="holds"):
 
 def read_bytes(path):
     check_size(path, path.stat().st_size)
-    return path.read_bytes()
+    raw = path.read_bytes()
+    if not raw:
+        raise DataError(f"{path}: an empty file")
+    return raw
 
 
 def unpickle(raw):
@@ -792,7 +970,9 @@ class StoredType:
         self.code = state[1] + self.code
 
     def values(self, data):
-        return np.frombuffer(data, self.code)  # of objects numpy makes none from bytes
+        if np.dtype(self.code).kind not in "biufSU":
+            raise Refused(f"an array of dtype {self.code}")
+        return np.frombuffer(data, self.code)
 
 
 class StoredArray:

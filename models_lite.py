@@ -31,8 +31,17 @@ from torch import nn
 from transformers import Cache, MT5Config, MT5ForConditionalGeneration, T5Tokenizer
 from transformers.modeling_outputs import BaseModelOutput
 
-from config_lite import DEFAULT_MT5, ConfigError, TrainConfig, make_config
-from datasets_lite import BODY, LEFT, LEFT_WRIST, RIGHT_WRIST, DataError, naming
+from config_lite import DEFAULT_MT5, ConfigError, InferenceConfig, TrainConfig, make_config
+from datasets_lite import (
+    BODY,
+    LEFT,
+    LEFT_WRIST,
+    RIGHT_WRIST,
+    DataError,
+    naming,
+    normalise,
+    refuse_pointer,
+)
 
 IGNORE = -100  # label of padding
 BLANK = 0  # CTC classes: these two, then the glosses
@@ -287,30 +296,23 @@ class SignLanguageLite(nn.Module):
         )
 
     @torch.no_grad()
-    def generate(
-        self,
-        src_input,
-        max_new_tokens=64,
-        num_beams=1,
-        length_penalty=1.0,
-        no_repeat_ngram_size=0,
-    ):
-        """-> list of B texts; the encoder runs once, decoding keeps its keys and values.
+    def generate(self, src_input, **decoding):
+        """-> list of B texts; decoding: fields of InferenceConfig.
 
-        No text grows beyond 5/4 of the longest training text: a word repeated without end would
-        spoil a whole split's BLEU.
+        No text grows beyond 5/4 of the longest training text.
         """
+        options = asdict(InferenceConfig(**decoding))
+        # a word repeated without end would spoil a whole split's BLEU
+        longest = self.longest_text * 5 // 4 + 1
+        options["max_new_tokens"] = min(options["max_new_tokens"], longest)
+        if options["num_beams"] == 1:
+            del options["length_penalty"]  # transformers warns of one without beams
         hidden, mask = self._encode(src_input)  # (B, T', d_model), (B, T')
-        # transformers warns of a penalty without beams
-        beams = {"length_penalty": length_penalty} if num_beams > 1 else {}
         rows = self.mt5_model.generate(
             encoder_outputs=BaseModelOutput(hidden),
             attention_mask=mask,
-            max_new_tokens=min(max_new_tokens, self.longest_text * 5 // 4 + 1),
-            num_beams=num_beams,
-            no_repeat_ngram_size=no_repeat_ngram_size,
             do_sample=False,
-            **beams,
+            **options,
         )  # (B, L)
         return self.codec.decode(rows)
 
@@ -428,13 +430,16 @@ class SignLanguageLite(nn.Module):
         self.mt5_tokenizer.save_pretrained(folder)
         text = json.dumps(content, ensure_ascii=False, indent=1)
         Path(folder, "config.json").write_text(text, encoding="utf-8")
-        save_file(self.state_to_save(), Path(folder, "model.safetensors"))
+        weights = Path(folder, "model.safetensors")
+        save_file(self.state_to_save(), weights)
+        weights.chmod(Path(folder, "config.json").stat().st_mode)  # safetensors: the owner's alone
 
     @classmethod
     def from_pretrained(cls, folder):
         """A run's model, in eval mode, from its folder or best/. DataError names what is amiss."""
         folder = find_best(folder)
         with naming(folder, "damaged; copy it anew"):
+            refuse_pointer(folder / "model.safetensors")
             content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             config = make_config(TrainConfig, content)
             model = cls(config, saved=content["model"] | {"folder": folder})
@@ -509,7 +514,8 @@ class TextCodec:
         """Rows for one text, with the end, not cut; a piece without a row is spelled."""
         tokenizer = self.tokenizer
         rows = []
-        for piece_id in tokenizer(text).input_ids:
+        # normalised here, too: transformers' own normaliser leaves what is written in two marks
+        for piece_id in tokenizer(normalise(text)).input_ids:
             if piece_id in self.row:
                 rows.append(self.row[piece_id])
             else:
@@ -570,7 +576,7 @@ def train_tokenizer(texts, vocab_size):
     one would be learnt from few clips.
     """
     longer = min(vocab_size, sum(map(len, texts)) // 400)
-    characters = set(unicodedata.normalize("NFKC", "".join(texts)))
+    characters = set(normalise(" ".join(texts)))
     with tempfile.TemporaryDirectory() as folder:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(texts),
@@ -604,7 +610,7 @@ def pieces_to_keep(tokenizer, texts=None):
         return sorted(usable.values())
     keep = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
     keep = keep.union(*tokenizer(list(texts)).input_ids)
-    characters = set(unicodedata.normalize("NFKC", "".join(texts)))
+    characters = set(normalise(" ".join(texts)))
     scripts = {script_of(character) for character in characters}
     # what spells any other text in these scripts
     for piece, piece_id in usable.items():
@@ -692,9 +698,11 @@ def map_weights(folder):
     """Name -> tensor, from the folder's weight files; mapped: what nobody reads takes no memory."""
     weights = {}
     for path in sorted(Path(folder).glob("*.safetensors")):
+        refuse_pointer(path)
         weights |= load_file(path)
     if not weights:
         for path in sorted(Path(folder).glob("pytorch_model*.bin")):
+            refuse_pointer(path)
             mapped = zipfile.is_zipfile(path)  # what torch wrote before 1.6 cannot be
             weights |= torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     return weights

@@ -22,7 +22,6 @@ import signal
 import sys
 import threading
 import time
-import unicodedata
 import zlib
 from collections import Counter
 from contextlib import contextmanager, nullcontext, suppress
@@ -43,24 +42,25 @@ from transformers import get_cosine_with_min_lr_schedule_with_warmup_lr_rate as 
 
 from config_lite import (
     DEFAULT_DATA_DIR,
+    NO_SPACES,
     ConfigError,
     DemoConfig,
     InferenceConfig,
     ScratchConfig,
     TrainConfig,
+    language_code,
     make_config,
     set_instead,
 )
 from datasets_lite import (
-    BODY,
-    LEFT,
-    RIGHT,
+    PARTS,
     DataError,
     LengthBatchSampler,
     SignLanguageDataset,
     load_dataset_file,
     make_demo_corpus,
     naming,
+    normalise,
     pad_poses,
     read_clip,
 )
@@ -77,7 +77,7 @@ SAVE_EVERY = 15 * 60  # seconds; a longer epoch is saved within, too
 EVAL_BATCH = 16  # clips per forward pass of an evaluation, at least
 # In these fields a run may differ from the last.pt it goes on from: they do not shape the result.
 FREE_FIELDS = "output_dir resume_from auto_resume num_workers device log_interval val_interval "
-FREE_FIELDS += "use_tensorboard log_dir gradient_checkpointing on_bad_clip"
+FREE_FIELDS += "use_tensorboard log_dir gradient_checkpointing on_bad_clip data_dir"
 # The fields of Run that last.pt keeps beside weights, optimiser and schedule.
 KEPT = "epoch batch step skipped bad_in_a_row meter history"
 
@@ -159,7 +159,6 @@ class Run:
     # of the step that is under way
     window: Counter = field(default_factory=Counter)  # sums over its micro-batches
     clips: list = field(default_factory=list)  # their names
-    culprits: list = field(default_factory=list)  # of them, those whose loss was not finite
     last_loss: float = math.nan  # of the last step, per token
     saved_at: float = field(default_factory=time.monotonic)  # seconds
     signals: Any = None  # Signals, while the loop runs
@@ -284,18 +283,19 @@ def evaluate(model, data_loader, inference, place=None, signals=None):
 def compute_metrics(predictions, references, language="zh"):
     """Texts -> {bleu1..bleu4, chrf, rouge_l, exact_match, unique_ratio} in %, and bleu_signature.
 
-    Both sides are NFKC-normalised and stripped; "zh" is scored by character and without spaces,
-    others by sacrebleu's "13a" words. ROUGE-L is a mean over sentences. Raises ValueError for
-    unequal or zero lengths.
+    Both sides are normalised as the vocabulary normalises; languages written without spaces are
+    scored by character, others by sacrebleu's "13a" words. ROUGE-L is a mean over sentences.
+    Raises ValueError for unequal or zero lengths, ConfigError for an unknown language.
     """
     count = len(references)
     if len(predictions) != count or not count:
         raise ValueError(f"{len(predictions)} predictions for {count} references: one each, please")
     # mT5 gives half-width punctuation back: raw strings could never match
-    predictions = [normalise(text, language) for text in predictions]
-    references = [normalise(text, language) for text in references]
+    language = language_code(language)
+    predictions = comparable(predictions, language)
+    references = comparable(references, language)
     pairs = list(zip(predictions, references))
-    split = list if language == "zh" else str.split
+    split = list if language in NO_SPACES else str.split
     metrics = {}
     # one figure an order; the last signature tells how they were made
     for order in (1, 2, 3, 4):
@@ -395,20 +395,14 @@ def find_place(config):
     world = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    # how many there are of each kind, for as many processes
-    mps = int(torch.backends.mps.is_available())
-    devices = {"cpu": world, "cuda": torch.cuda.device_count(), "mps": mps}
-    kind = config.device
-    if kind == "auto":
-        kind = "cuda" if devices["cuda"] else "cpu"
-    if devices[kind] <= local_rank:
-        raise ConfigError(
-            f"device is {kind!r}, torch {torch.__version__} finds none for process {local_rank}: "
-            "use --device auto, or start fewer processes"
-        )
-    device = torch.device(kind)
-    if kind == "cuda":
-        device = torch.device(kind, local_rank)
+    device = torch.device("cpu")
+    if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()):
+        if torch.cuda.device_count() <= local_rank:
+            raise ConfigError(
+                f"device is {config.device!r}, torch {torch.__version__} finds no GPU for process "
+                f"{local_rank}: use --device cpu, or start fewer processes"
+            )
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if rank:
         # said once, not once a process; at the system's level, so that libraries are silent, too
@@ -417,7 +411,7 @@ def find_place(config):
     torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32
     if world > 1 and not dist.is_initialized():
         # hours: the others wait while the first reads a large corpus
-        backend = "nccl" if kind == "cuda" else "gloo"
+        backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=6))
     return Place(rank, world, device)
 
@@ -438,7 +432,7 @@ def labels_digest(config):
     digest = 0
     for split in ("dev", "train"):
         path = Path(config.data_dir, f"labels.{split}")
-        load_dataset_file(path)
+        load_dataset_file(path, [])
         digest = zlib.crc32(path.read_bytes(), digest)
     return f"{digest:08x}"
 
@@ -569,8 +563,11 @@ def build_model(config, data, state=None):
 
 
 def made_of(model, data):
-    """What a resumed run must find again; the clips come in the data's order."""
-    clips = [entry["name"] for dataset in data.values() for entry in dataset.entries]
+    """What a resumed run must find again; the clips, by name and contents, in the data's order."""
+    clips = []
+    for dataset in data.values():
+        for entry, report in zip(dataset.entries, dataset.reports):
+            clips.append((entry["name"], report.digest))
     return {"pieces": model.codec.pieces(), "glosses": model.glosses, "clips": clips}
 
 
@@ -624,9 +621,7 @@ def make_optimizer(model, config, total_steps, steps_per_epoch):
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    # one kernel for all parameters, where torch has it
-    fused = matrices[0].device.type != "mps"
-    optimizer = torch.optim.AdamW(groups, config.learning_rate, fused=fused)
+    optimizer = torch.optim.AdamW(groups, config.learning_rate, fused=True)
     # a short run must not be all warm-up
     longest = total_steps // 10 if config.max_steps else total_steps // 2
     warmup = min(round(config.warmup_epochs * steps_per_epoch), longest)
@@ -750,9 +745,7 @@ def micro_batch(run, number, counts, src_input, tgt_input, last):
     tokens = output.num_tokens  # targets, padding apart
     loss = output.loss.item()
     names = src_input["names"]
-    run.clips += names
-    if not math.isfinite(loss):
-        run.culprits += names
+    run.clips.append((math.isfinite(loss), names))
     run.window.update(
         tokens=tokens,
         loss=loss * tokens,
@@ -789,7 +782,9 @@ def optimiser_step(run):
         run.optimizer.zero_grad(set_to_none=True)  # a step without gradients changes nothing
         run.skipped += 1
         run.bad_in_a_row += 1
-        names = run.culprits or run.clips
+        # where a loss was not finite, its clips; else all
+        finite = all(fine for fine, _ in run.clips)
+        names = [name for fine, batch in run.clips for name in batch if finite or not fine]
         print(
             f"warning: step {run.step + 1} is skipped: its loss or gradient (norm {norm:.3g}) is "
             f"not finite; {run.skipped} so far; clips: {', '.join(names[:32])}",
@@ -804,7 +799,6 @@ def optimiser_step(run):
     run.last_loss = window["loss"] / tokens
     run.window = Counter()
     run.clips = []
-    run.culprits = []
     if run.bad_in_a_row >= 10:
         raise RunError(
             "10 steps in a row were not finite: lower learning_rate, keep max_grad_norm above 0, "
@@ -898,9 +892,10 @@ def print_validation(run, metrics, rows):
     names = "dev_loss dev_accuracy bleu4 shuffled_bleu4 chrf exact_match "
     names += "unique_ratio reference_unique_ratio gloss_wer"
     report(run, "dev", {name: metrics[name] for name in names.split() if name in metrics})
-    half = max(1, len(rows) // 2)
-    for row in rows[::half][:2]:
-        print(sample(row))
+    # the first clip and one from the middle, prediction under reference
+    for _, name, reference, prediction in (rows[0], rows[len(rows) // 2]):
+        print(f"    {name}\n      reference   {shorten(reference)}")
+        print(f"      prediction  {shorten(prediction)}")
     # what a model that knows nothing would score
     uniform = math.log(len(run.model.codec))
     if metrics["step"]:
@@ -912,9 +907,6 @@ def print_validation(run, metrics, rows):
         warning = collapse_warning(metrics, [row[3] for row in rows])
         if warning:
             print(warning)
-    if run.writer:
-        text = "\n\n".join(sample(row) for row in rows[:8])
-        run.writer.add_text("dev/samples", text, metrics["step"])
 
 
 def shown_epoch(run):
@@ -999,14 +991,15 @@ def say_end(run):
 # ------------------------------------------------------------------------------- more scores
 
 
-def normalise(text, language):
-    """What is scored: NFKC, as mT5 knows no full-width punctuation; single spaces, or none."""
-    words = unicodedata.normalize("NFKC", text).split()
-    return "".join(words) if language == "zh" else " ".join(words)
+def comparable(texts, language):
+    """What is scored: normalised, in languages without spaces without any."""
+    between = "" if language in NO_SPACES else " "
+    return [normalise(text).replace(" ", between) for text in texts]
 
 
 def make_bleu(language, order=4):
-    return BLEU(tokenize="zh" if language == "zh" else "13a", max_ngram_order=order)
+    tokenize = "zh" if language == "zh" else "char" if language in NO_SPACES else "13a"
+    return BLEU(tokenize=tokenize, max_ngram_order=order, force=True)  # force: no warning
 
 
 def edit_distance(found, wanted, replace=1):
@@ -1097,13 +1090,6 @@ def intervals(predictions, references, language, samples=1000):
 
 def shorten(text, width=60):
     return text if len(text) <= width else text[: width - 3] + "..."
-
-
-def sample(row):
-    """(index, name, reference, prediction) for the eye, the prediction under the reference."""
-    _, name, reference, prediction = row
-    pair = f"      reference   {shorten(reference)}\n      prediction  {shorten(prediction)}"
-    return f"    {name}\n{pair}"
 
 
 # ------------------------------------------------------------------------------- what is written
@@ -1218,98 +1204,98 @@ def check_command(config, inference, args):
     return 0
 
 
-def data_report(data, codec):
-    """A table, quantities down and splits across, then warnings that say what to set."""
-    # a row a quantity, a column a split
-    table = {"": list(data)}
-    warnings = []
-    for split, dataset in data.items():
-        figures = pose_figures(split, dataset, warnings)
-        if codec:  # None where there is no vocabulary to count by
-            figures |= text_figures(split, dataset, codec, warnings)
-        for label, figure in figures.items():
-            table.setdefault(label, []).append(figure)
-        warn_of_leaks(split, data, warnings)
+def data_report(data, codec=None):
+    """Lines on each split's clips and texts, then warnings that say what to do."""
     lines = []
-    for label, cells in table.items():
-        lines.append(f"{label:36}" + "".join(f"{cell:>20}" for cell in cells))
+    warnings = []
+    seen = {}  # text -> the first split that has it
+    for split, dataset in data.items():
+        lines += describe_poses(split, dataset, warnings)
+        texts = [entry["text"] for entry in dataset.entries]
+        if codec:  # None where there is no vocabulary to count by
+            lines.append(describe_texts(split, texts, codec, warnings))
+        shared = [text for text in set(texts) if seen.setdefault(text, split) != split]
+        if shared:
+            warnings.append(
+                f"{len(shared)} of {split}'s {len(set(texts))} texts occur in an earlier split: "
+                "normal for single signs; in sentences the score rewards remembering"
+            )
     return lines + [f"warning: {text}" for text in warnings]
 
 
 def spread(counts):
     """A quantity's 5th, 50th and 95th percentile, as text."""
-    return " / ".join(f"{value:.0f}" for value in np.percentile(counts, [5, 50, 95]))
+    low, median, high = np.percentile(counts, [5, 50, 95])
+    return f"{median:.0f} ({low:.0f} to {high:.0f})"
 
 
-def pose_figures(split, dataset, warnings):
-    """-> {label: figure} of a split's poses; what deserves a second look goes to warnings."""
+def describe_poses(split, dataset, warnings):
+    """-> two lines on a split's clips; what deserves a second look goes to warnings."""
     reports = dataset.reports
+    count = len(reports)
     limit = dataset.config.max_length
     frames = np.array([report.frames for report in reports])
     total = frames.sum()
     over = 100 * (frames > limit).mean()
-    dropped = 100 * np.maximum(frames - limit, 0).sum() / total
     # shares of all joints of all frames
-    unseen = np.sum([report.unseen for report in reports], axis=0)  # body, left, right
-    body, left, right = 100 * unseen / total / [len(BODY), len(LEFT), len(RIGHT)]
+    unseen = np.sum([report.unseen for report in reports], axis=0)
+    body, left, right = 100 * unseen / total / [len(joints) for joints in PARTS.values()]
     no_hand = 100 * sum(report.no_hand for report in reports) / total
+    pixels = sum(report.in_pixels for report in reports)
     if over > 5:
         enough = math.ceil(np.percentile(frames, 97))
         warnings.append(
             f"{over:.0f} % of {split}'s clips exceed max_length {limit}: --max_length {enough} "
             "covers 97 %"
         )
-    if no_hand > 50:
-        warnings.append(f"{split}: no hand in {no_hand:.0f} % of the frames: look at them")
-    return {
-        "clips": len(frames),
-        "frames: 5 %, median, 95 %": spread(frames),
-        f"clips over max_length {limit}": f"{over:.1f} %",
-        "frames that this drops": f"{dropped:.1f} %",
-        "joints not seen: body, left, right": f"{body:.1f} / {left:.1f} / {right:.1f} %",
-        "frames without a hand": f"{no_hand:.1f} %",
-        "joints NaN or Inf": sum(report.not_finite for report in reports),
-        "clips in pixels": sum(report.in_pixels for report in reports),
-    }
+    if no_hand > 50 or max(left, right) == 100:
+        warnings.append(
+            f"{split}: no hand in {no_hand:.0f} % of the frames; left not seen in {left:.0f} %, "
+            f"right in {right:.0f} %: does the detector give hands?"
+        )
+    if 0 < pixels < count:
+        warnings.append(
+            f"{split}: {pixels} of {count} clips are in pixels, the others in 0..1: keep to one"
+        )
+    names = [entry["name"] for entry in dataset.entries]
+    # in logarithms: three times as long as usual, and beyond the usual spread
+    away = np.abs(np.log(np.maximum(frames, 1)) - np.log(np.median(frames)))
+    far = max(math.log(3), 8 * np.median(away))
+    odd = {}  # what looks wrong -> in which clips
+    for name, report, distance in zip(names, reports, away):
+        looks = list(report.odd)
+        if distance > far:
+            looks.append("a length unlike the others': is the frame rate the same, is it cut?")
+        for text in looks:
+            odd.setdefault(text, []).append(name)
+    for text, clips in odd.items():
+        warnings.append(f"{split}: {len(clips)} clips, first {clips[0]}: {text}")
+    return [
+        f"{split}: {count} clips, frames {spread(frames)}, {over:.1f} % over max_length {limit}; "
+        f"{pixels} in pixels",
+        f"  not seen: body {body:.1f} %, left hand {left:.1f} %, right hand {right:.1f} %; no hand "
+        f"in {no_hand:.1f} % of the frames; {sum(r.not_finite for r in reports)} joints not finite",
+    ]
 
 
-def text_figures(split, dataset, codec, warnings):
-    """-> {label: figure} of a split's texts; what deserves a second look goes to warnings."""
+def describe_texts(split, texts, codec, warnings):
+    """-> a line on a split's texts; what deserves a second look goes to warnings."""
     limit = codec.max_text_length
-    texts = [entry["text"] for entry in dataset.entries]
     ids = [codec.ids(text) for text in texts]
     lengths = np.array([len(rows) for rows in ids])
-    # they would train, or be scored, with an unknown piece
-    unspellable = [text for text, rows in zip(texts, ids) if codec.unknown in rows]
     cut = 100 * (lengths > limit).mean()
     if cut:
         warnings.append(
             f"{cut:.1f} % of {split}'s texts are cut: --max_text_length {lengths.max()} covers all"
         )
+    # they would train, or be scored, with an unknown piece
+    unspellable = [text for text, rows in zip(texts, ids) if codec.unknown in rows]
     if unspellable:
         first = shorten(unspellable[0])
         warnings.append(
             f"{split}: the vocabulary cannot spell {len(unspellable)} texts, first {first!r}"
         )
-    return {
-        "pieces: 5 %, median, 95 %": spread(lengths),
-        f"texts cut at max_text_length {limit}": f"{cut:.1f} %",
-        "texts with unknown pieces": len(unspellable),
-    }
-
-
-def warn_of_leaks(split, data, warnings):
-    """How many texts of a split stand in an earlier one, too."""
-    own = {entry["text"] for entry in data[split].entries}
-    for earlier, dataset in data.items():
-        if earlier == split:
-            break
-        shared = len(own.intersection(entry["text"] for entry in dataset.entries))
-        if shared:
-            warnings.append(
-                f"{shared} of {split}'s {len(own)} texts occur in {earlier}, too: normal for "
-                "single signs; in sentences the score rewards remembering"
-            )
+    return f"  pieces a text {spread(lengths)}, {cut:.1f} % over max_text_length {limit}"
 
 
 # ------------------------------------------------------------------------------- using a run
@@ -1335,16 +1321,19 @@ def evaluate_command(config, inference, args):
     metrics, rows = evaluate(model, loader, inference, place)
     print_scores(metrics, rows, config.language)
     out = Path(args.run, f"predictions_{args.split}.txt")
-    write_predictions(out, rows)
-    write_whole(out.with_name(f"metrics_{args.split}.json"), to_json(metrics))
-    print(f"predictions beside references: {out}; all figures: metrics_{args.split}.json beside it")
+    try:
+        write_predictions(out, rows)
+        write_whole(out.with_name(f"metrics_{args.split}.json"), to_json(metrics))
+        print(f"predictions: {out}; all figures: metrics_{args.split}.json beside it")
+    except RunError as error:  # somebody else's run
+        print(f"not kept: {error}")
     return 0
 
 
 def print_scores(metrics, rows, language):
     """A metric a line, exact match first, and a warning where the poses are not read."""
-    references = [normalise(row[2], language) for row in rows]
-    predictions = [normalise(row[3], language) for row in rows]
+    references = comparable([row[2] for row in rows], language)
+    predictions = comparable([row[3] for row in rows], language)
     with_interval = intervals(predictions, references, language)  # of two metrics
     if not metrics["bleu4"]:  # no reference has four tokens: sacrebleu's smoothing tells nothing
         del with_interval["bleu4"]

@@ -13,6 +13,7 @@ from config_lite import (
     InferenceConfig,
     ScratchConfig,
     TrainConfig,
+    language_code,
     set_instead,
 )
 
@@ -272,3 +273,35 @@ def test_a_tilde_is_the_home_folder(monkeypatch):
     found = (config.data_dir, config.mt5_path, config.init_from)
     home = "/home/someone"
     assert found == (f"{home}/corpus", f"{home}/mt5", f"{home}/run/best")
+
+
+@pytest.mark.parametrize(
+    "given, code",
+    [
+        ("zh", "zh"),
+        ("ZH", "zh"),
+        ("zh-CN", "zh"),
+        ("zh_Hans_CN", "zh"),
+        ("zho", "zh"),
+        ("cmn", "zh"),
+        ("yue", "zh"),
+        ("cn", "zh"),
+        ("Chinese", "zh"),
+        ("ja", "ja"),
+        ("jpn", "ja"),
+        ("my", "my"),
+        ("de-AT", "de"),
+        ("German", "de"),
+        (" en ", "en"),
+        ("gsg", "gsg"),
+    ],
+)
+def test_a_language_in_any_usual_form_is_one_code(given, code):
+    assert language_code(given) == code
+    assert TrainConfig(language=given).language == code
+
+
+@pytest.mark.parametrize("given", ["", "-", "klingonese", "z", "12", "中文"])
+def test_what_is_no_language_is_refused_by_name(given):
+    with pytest.raises(ConfigError, match="language is "):
+        TrainConfig(language=given)

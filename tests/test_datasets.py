@@ -5,11 +5,13 @@ import gzip
 import json
 import os
 import pickle
+import re
 import resource
 import signal
 import subprocess
 import sys
 import time
+import unicodedata
 import warnings
 from collections import OrderedDict
 from pathlib import Path
@@ -571,7 +573,6 @@ K, S = random_clip(4)  # keypoints and scores of a sound clip
 BAD_POSES = {
     "17 joints": {"keypoints": K[:, :17], "scores": S[:, :17]},
     "134 joints": {"keypoints": np.zeros((4, 134, 2)), "scores": np.zeros((4, 134))},
-    "three coordinates": {"keypoints": np.zeros((4, 133, 3)), "scores": S},
     "no frames, lists": {"keypoints": [], "scores": []},
     "no frames, arrays": {"keypoints": np.zeros((0, 133, 2)), "scores": np.zeros((0, 133))},
     "no frames, person axis": {
@@ -596,7 +597,6 @@ BAD_POSES = {
     "words": {"keypoints": "many", "scores": "many"},
     "None inside": {"keypoints": None, "scores": None},
     "ragged": {"keypoints": [K[0], K[1, :5], K[2], K[3]], "scores": S},
-    "a frame None": {"keypoints": [K[0], None, K[2], K[3]], "scores": S},
     "arrays of one number": {"keypoints": K, "scores": list(S[:, 0])},
     "complex": {"keypoints": [complex(1, 2)] * 4, "scores": S},
     "pixels, size 0": {"keypoints": K * 500, "scores": S, "w_h": [0, 500]},
@@ -1652,6 +1652,415 @@ def test_evaluation_begins_with_the_longest_clips():
     assert LENGTHS[batches[0]].max() == LENGTHS.max(), (
         "memory fails in the first batch, not in the last"
     )
+
+
+# ------------------------------------------------------------ what the field writes
+
+PEOPLE = [1, 3, 2, 1]  # in each frame
+FORMS = {
+    "(T, 133, 2)": (K, S),
+    "(T, 1, 133, 2)": (K[:, None], S[:, None]),
+    "(T, 3, 133, 2), the first person": (np.stack([K, K + 1, K + 2], 1), np.stack([S] * 3, 1)),
+    "nested lists": (K.tolist(), S.tolist()),
+    "nested lists, a person axis": (K[:, None].tolist(), S[:, None].tolist()),
+    "arrays in a list": (list(K), list(S)),
+    "a list among arrays": (list(K), [S[0], S[1], S[2].tolist(), S[3]]),
+    "as many persons as were seen": (
+        [np.stack([K[t] + n for n in range(PEOPLE[t])]) for t in range(4)],
+        [np.stack([S[t]] * PEOPLE[t]) for t in range(4)],
+    ),
+    "the same, nested lists": (
+        [[(K[t] + n).tolist() for n in range(PEOPLE[t])] for t in range(4)],
+        [[S[t].tolist()] * PEOPLE[t] for t in range(4)],
+    ),
+    "persons in some frames only": ([K[0], K[1][None], K[2], K[3]], [S[0], S[1][None], S[2], S[3]]),
+    "scores (T, 133, 1)": (K, S[..., None]),
+    "scores (T, 1, 133, 1)": (K[:, None], S[:, None, :, None]),
+    "scores as a third channel": (np.concatenate([K, S[..., None]], -1), None),
+    "the same with a person axis": (np.concatenate([K, S[..., None]], -1)[:, None], None),
+    "x, y, z beside scores": (np.concatenate([K, K[..., :1]], -1), S),
+    "float64, float16 scores": (K.astype(np.float64), S.astype(np.float16)),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_that_the_field_writes_gives_the_same_clip(tmp_path, form):
+    keypoints, scores = FORMS[form]
+    data = {"keypoints": keypoints}
+    if scores is not None:
+        data["scores"] = scores
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(data))
+    read = load_pose_file(tmp_path / "a.pkl")
+    np.testing.assert_array_equal(read[0], K.astype(np.float32))
+    np.testing.assert_allclose(read[1], S, atol=1e-3)
+
+
+@pytest.mark.parametrize("nobody", [np.zeros((0, 133, 2)), None, []], ids=["empty", "None", "[]"])
+def test_a_frame_with_nobody_stays_and_is_unseen(tmp_path, nobody):
+    """Time must not shrink."""
+    none = None if nobody is None else []
+    data = {
+        "keypoints": [K[0][None], nobody, K[2][None], np.stack([K[3], K[0]])],
+        "scores": [S[0][None], none, S[2][None], np.stack([S[3], S[0]])],
+    }
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(data))
+    keypoints, scores = load_pose_file(tmp_path / "a.pkl")
+    np.testing.assert_array_equal(keypoints[[0, 2, 3]], K[[0, 2, 3]])
+    np.testing.assert_array_equal(scores[[0, 2, 3]], S[[0, 2, 3]])
+    assert not scores[1].any()
+
+
+def test_persons_first_is_read_where_it_is_unmistakable(tmp_path):
+    keypoints, scores = random_clip(30)
+    both = {"keypoints": np.stack([keypoints, keypoints + 1]), "scores": np.stack([scores] * 2)}
+    np.savez(tmp_path / "a.npz", **both)
+    read = load_pose_file(tmp_path / "a.npz")
+    np.testing.assert_array_equal(read[0], keypoints)
+    assert read[1].shape == (30, 133)
+
+
+@pytest.mark.parametrize(
+    "shape", [(133, 12, 2), (12, 2, 133), (2, 12, 133), (12, 133, 1, 2), (133, 2)]
+)
+def test_any_other_order_of_axes_is_refused_by_name_and_shape(tmp_path, shape):
+    np.savez(tmp_path / "a.npz", keypoints=np.zeros(shape), scores=np.zeros((12, 133)))
+    with pytest.raises(DataError, match="a.npz: keypoints has .*" + re.escape(str(shape)[:-1])):
+        load_pose_file(tmp_path / "a.npz")
+
+
+def foreign_objects():
+    """Pickled poses that hold more than arrays and containers."""
+    objects = np.empty(4, object)
+    objects[:] = list(K)
+    return {
+        "torch": torch.from_numpy(K),
+        "masked": np.ma.array(K),
+        "object": objects,
+        "class": Path("x"),
+    }
+
+
+@pytest.mark.parametrize("name", foreign_objects())
+def test_foreign_objects_are_refused_with_the_lines_that_convert_them(tmp_path, name):
+    raw = pickle.dumps({"keypoints": foreign_objects()[name], "scores": S})
+    (tmp_path / "my_clip.pkl").write_bytes(raw)
+    with pytest.raises(pickle.UnpicklingError) as caught:
+        load_pose_file(tmp_path / "my_clip.pkl")
+    assert "pickle.load(open('my_clip.pkl', 'rb'))" in str(caught.value)
+    assert "np.savez('my_clip.npz'" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "raw, words",
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:a\n", "Git LFS pointer"),
+        (b"<!DOCTYPE html><html>", "web page"),
+        (b"", "empty"),
+    ],
+)
+def test_what_is_no_pose_or_label_file_at_all_is_named(tmp_path, raw, words):
+    for name, load in (("a.pkl", load_pose_file), ("labels.dev", load_dataset_file)):
+        (tmp_path / name).write_bytes(raw)
+        with pytest.raises(DataError, match=f"{name}: .*{words}"):
+            load(tmp_path / name)
+
+
+ENTRIES = {
+    "a": {"name": "a", "text": "今天。", "gloss": ["今天"]},
+    "b": {"name": "b", "text": "好"},
+}
+AS_JSON = json.dumps(ENTRIES, ensure_ascii=False)
+LABELS = {
+    "JSON": AS_JSON.encode(),
+    "JSON with a byte order mark": AS_JSON.encode("utf-8-sig"),
+    "gzipped JSON": gzip.compress(AS_JSON.encode()),
+    "indented JSON": json.dumps(ENTRIES, indent=2).encode(),
+    "JSON lines": "\n".join(json.dumps(entry) for entry in ENTRIES.values()).encode(),
+    "gzipped JSON lines": gzip.compress(
+        "\r\n".join(json.dumps(entry) for entry in ENTRIES.values()).encode()
+    ),
+    "a list": json.dumps(list(ENTRIES.values())).encode(),
+    "pickle": pickle.dumps(ENTRIES),
+    "pickle, protocol 0": pickle.dumps(ENTRIES, 0),
+    "pickle, protocol 1": pickle.dumps(ENTRIES, 1),
+    "gzipped pickle of a list": gzip.compress(pickle.dumps(list(ENTRIES.values()))),
+}
+
+
+@pytest.mark.parametrize("form", LABELS)
+def test_labels_in_every_form_are_the_same_labels(tmp_path, form):
+    (tmp_path / "labels.train").write_bytes(LABELS[form])
+    assert load_dataset_file(tmp_path / "labels.train") == {
+        "a": {"name": "a", "text": "今天。", "gloss": ["今天"], "pose": "a.pkl"},
+        "b": {"name": "b", "text": "好", "gloss": [], "pose": "b.pkl"},
+    }
+
+
+@pytest.mark.parametrize(
+    "raw, words",
+    [
+        (AS_JSON.encode("utf-16"), "UTF-16"),
+        (b"name\ttext\na\thello\n", "a table.*name.ttext"),
+        (b"PK\x03\x04abcd", "zip archive"),
+        (b'{"a": {"text": "x"}, "a": {"text": "y"}}', "'a' is there twice"),
+        (b'[{"name": "a", "text": "x"}, {"name": "a", "text": "y"}]', "a is there twice"),
+        (b'{"name": "a", "text": "x"}\n{"name": "a", "text": "y"}', "a is there twice"),
+        (json.dumps({"a": {"text": "\u200b\ufeff"}}).encode(), "entry a has no text"),
+        (b"1" * 6000, "table, or other text"),
+    ],
+)
+def test_labels_that_cannot_be_read_are_named_for_what_they_are(tmp_path, raw, words):
+    (tmp_path / "labels.train").write_bytes(raw)
+    with pytest.raises(DataError, match=f"(?s)labels.train.*{words}"):
+        load_dataset_file(tmp_path / "labels.train")
+
+
+@pytest.mark.parametrize(
+    "label, file",
+    [
+        ({"name": "v.mp4"}, "v.pkl"),
+        ({"name": "v.MP4"}, "v.npz"),
+        ({"name": "c1", "video_path": "day/v 1.mov"}, "day/v 1.pkl"),
+        ({"name": "c1", "video_path": "day/v.mp4"}, "c1.npz"),
+        ({"name": "c1", "pose_path": "pose_format/day/v.pkl"}, "day/v.pkl"),
+        ({"name": "c1", "pose": "day\\v.pkl"}, "day/v.pkl"),
+        ({"name": "c1", "pose": "./pose_format/v.pkl"}, "v.npz"),
+        ({"name": "c.1", "pose": "c.1"}, "c.1.pkl"),
+        ({"name": "giờ"}, unicodedata.normalize("NFD", "giờ") + ".pkl"),
+        ({"name": unicodedata.normalize("NFD", "é")}, unicodedata.normalize("NFC", "é") + ".npz"),
+    ],
+)
+def test_a_pose_is_found_under_the_names_that_labels_give(tmp_path, label, file):
+    path = tmp_path / "pose_format" / file
+    path.parent.mkdir(parents=True)
+    keypoints, scores = random_clip(8)
+    if path.suffix == ".npz":
+        np.savez(path, keypoints=keypoints, scores=scores)
+    else:
+        path.write_bytes(pickle.dumps({"keypoints": keypoints, "scores": scores}))
+    (tmp_path / "labels.train").write_text(json.dumps({"k": {"text": "x", **label}}))
+    assert len(SignLanguageDataset(tmp_path / "labels.train", scratch_config(), "train")) == 1
+
+
+def test_two_entries_of_one_number_in_two_folders_are_two_clips(tmp_path):
+    rows = [{"pose": f"{day}/0.pkl", "text": day} for day in ("monday", "tuesday")]
+    (tmp_path / "labels.train").write_text(json.dumps(rows))
+    entries = load_dataset_file(tmp_path / "labels.train")
+    assert [entry["pose"] for entry in entries.values()] == ["monday/0.pkl", "tuesday/0.pkl"]
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "\ud800", "loop"])
+def test_a_name_that_can_be_no_file_s_costs_its_entry_alone(tmp_path, name):
+    """ENAMETOOLONG, half a character, a link onto itself: OSError and its kin at every look."""
+    labels = write_corpus(tmp_path, {"good": random_clip(8)})
+    (tmp_path / "pose_format" / "loop.pkl").symlink_to("loop.pkl")
+    entries = {"good": {"text": "x"}, "bad": {"text": "y", "pose": f"{name}.pkl"}}
+    labels.write_text(json.dumps(entries))
+    with pytest.raises(DataError, match="bad"):
+        SignLanguageDataset(labels, scratch_config(), "train")
+    config = scratch_config(on_bad_clip="skip", output_dir=str(tmp_path / "run"))
+    assert names_of(SignLanguageDataset(labels, config, "train")) == ["good"]
+    assert "bad" in (tmp_path / "run" / "bad_clips.txt").read_text()
+
+
+def test_a_faulty_entry_is_left_out_like_a_bad_clip(tmp_path):
+    labels = write_corpus(tmp_path, {"good": random_clip(8)})
+    labels.write_text(json.dumps({"good": {"text": "x"}, "mute": {"text": ""}}))
+    with pytest.raises(DataError, match="mute"):
+        SignLanguageDataset(labels, scratch_config(), "train")
+    skipping = scratch_config(on_bad_clip="skip")
+    assert names_of(SignLanguageDataset(labels, skipping, "train")) == ["good"]
+
+
+def test_a_link_out_of_the_folder_is_followed_but_no_path_is(tmp_path):
+    labels = write_corpus(tmp_path / "data", {"a": random_clip(8)})
+    stored = (tmp_path / "data" / "pose_format" / "a.pkl").rename(tmp_path / "blob")
+    (tmp_path / "data" / "pose_format" / "a.pkl").symlink_to(stored)
+    assert len(SignLanguageDataset(labels, scratch_config(), "train")) == 1
+    for path in ("../../blob", str(stored), "x/../../../blob"):
+        labels.write_text(json.dumps({"a": {"text": "x", "pose": path}}))
+        with pytest.raises(DataError, match="out of pose_format"):
+            SignLanguageDataset(labels, scratch_config(), "train")
+
+
+# ------------------------------------------------------------ .pose files
+
+
+def write_pose_format(path, components, keypoints, scores, size=(200, 100)):
+    """components: {name: points}; keypoints (T, persons, points, 2) in pixels."""
+    pytest.importorskip("pose_format", reason="pip install pose-format")
+    from pose_format import Pose
+    from pose_format.numpy import NumPyPoseBody
+    from pose_format.pose_header import PoseHeader, PoseHeaderComponent, PoseHeaderDimensions
+
+    headers = [
+        PoseHeaderComponent(name, points, [], [(0, 0, 0)], "XYC")
+        for name, points in components.items()
+    ]
+    header = PoseHeader(0.2, PoseHeaderDimensions(*size, 0), headers)
+    with open(path, "wb") as file:
+        Pose(header, NumPyPoseBody(25, keypoints, scores)).write(file)
+
+
+HAND = [f"p{i}" for i in range(21)]
+MEDIAPIPE = ["NOSE", "LEFT_EAR", "LEFT_SHOULDER", "RIGHT_SHOULDER", "LEFT_ELBOW", "RIGHT_WRIST"]
+HEADERS = {
+    "MediaPipe": (
+        {
+            "POSE_LANDMARKS": MEDIAPIPE,
+            "LEFT_HAND_LANDMARKS": HAND,
+            "RIGHT_HAND_LANDMARKS": HAND,
+            "POSE_WORLD_LANDMARKS": MEDIAPIPE,
+        },
+        {0: 0, 3: 1, 5: 2, 6: 3, 7: 4, 10: 5, 91: 6, 111: 26, 112: 27, 132: 47},
+    ),
+    "OpenPose": (
+        {
+            "pose_keypoints_2d": ["Nose", "Neck", "RShoulder", "LShoulder", "REar", "LWrist"],
+            "hand_left_keypoints_2d": HAND,
+            "hand_right_keypoints_2d": HAND,
+        },
+        {0: 0, 6: 2, 5: 3, 4: 4, 9: 5, 91: 6, 112: 27},
+    ),
+    "COCO-WholeBody": (
+        {
+            "BODY": ["nose", "left_eye", "left_shoulder", "right_shoulder", "right_elbow"],
+            "RIGHT_HAND": HAND,
+            "LEFT_HAND": HAND,
+        },
+        {0: 0, 5: 2, 6: 3, 8: 4, 112: 5, 132: 25, 91: 26},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_a_pose_header_s_joints_land_where_they_belong(tmp_path, kind):
+    components, places = HEADERS[kind]
+    count = sum(map(len, components.values()))
+    keypoints = np.zeros((7, 2, count, 2))
+    keypoints[:, 0, :, 0] = np.arange(count)  # a joint's x tells which it is
+    keypoints[:, 0, :, 1] = 50
+    keypoints[:, 1] = 77  # another person
+    scores = np.full((7, 2, count), 0.75)
+    scores[3] = 0  # a frame with nobody stays
+    path = tmp_path / "a.pose"
+    write_pose_format(path, components, keypoints, scores)
+    read, seen = load_pose_file(path)
+    assert read.shape == (7, 133, 2)
+    for joint, place in places.items():
+        np.testing.assert_allclose(read[0, joint], [place / 200, 50 / 100], atol=1e-6)
+        assert seen[0, joint] == 0.75
+    assert not seen[3].any()
+    absent = sorted(set(BODY) - set(places))
+    assert not seen[:, absent].any()
+
+
+@pytest.mark.parametrize(
+    "lacking", ["LEFT_HAND_LANDMARKS", "RIGHT_HAND_LANDMARKS", "POSE_LANDMARKS"]
+)
+def test_a_pose_header_without_hands_or_shoulders_is_refused_by_name(tmp_path, lacking):
+    components = dict(HEADERS["MediaPipe"][0])
+    del components[lacking], components["POSE_WORLD_LANDMARKS"]
+    count = sum(map(len, components.values()))
+    path = tmp_path / "a.pose"
+    write_pose_format(path, components, np.ones((3, 1, count, 2)), np.ones((3, 1, count)))
+    with pytest.raises(DataError, match="a.pose: its header has no"):
+        load_pose_file(path)
+
+
+def test_without_the_package_a_pose_file_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pose_format", None)
+    (tmp_path / "a.pose").write_bytes(b"x")
+    with pytest.raises(DataError, match="a.pose.*pip install pose-format"):
+        load_pose_file(tmp_path / "a.pose")
+
+
+REAL_POSES = {"holistic_full": 125, "mediapipe": 170, "openpose": 93, "train_1_original": 70}
+
+
+@pytest.mark.parametrize("name", REAL_POSES)
+def test_real_pose_files_are_read_frame_by_frame(name):
+    pytest.importorskip("pose_format", reason="pip install pose-format")
+    path = shared(f"pose_files/{name}.pose")
+    keypoints, scores = load_pose_file(path)
+    assert keypoints.shape == (REAL_POSES[name], 133, 2)
+    report = datasets_lite.inspect_clip(path)
+    assert not report.problem
+    assert not report.odd
+    assert read_clip(path, scratch_config())["body"].any()
+
+
+# ------------------------------------------------------------ what looks wrong
+
+
+def standing(frames=20):
+    """A plain upright signer: shoulders, elbows, wrists on their own sides, all else nearby."""
+    rng = np.random.default_rng(0)
+    keypoints = 0.5 + 0.02 * rng.standard_normal((frames, 133, 2)).astype(np.float32)
+    for joint, place in {5: (0.6, 0.4), 6: (0.4, 0.4), 7: (0.65, 0.6), 8: (0.35, 0.6)}.items():
+        keypoints[:, joint] = place
+    keypoints[:, 9] = (0.6, 0.7)
+    keypoints[:, 10] = (0.4, 0.7)
+    return keypoints, np.full((frames, 133), 0.9, np.float32)
+
+
+def exchanged():
+    keypoints, scores = standing()
+    keypoints[:, [9, 10]] = keypoints[:, [10, 9]]
+    return keypoints, scores
+
+
+def at_the_origin():
+    keypoints, scores = standing()
+    keypoints[3, 92] = 0
+    return keypoints, scores
+
+
+ODD = {
+    "scores far above 1": lambda: (standing()[0], standing()[1] * 100),
+    r"exactly \(0, 0\)": at_the_origin,
+    "one frame only": lambda: standing(1),
+    "left and right exchanged": exchanged,
+    "a length unlike": lambda: standing(400),
+    "are in pixels, the others": lambda: (standing()[0] * 500, standing()[1]),
+}
+
+
+@pytest.mark.parametrize("words", ODD)
+def test_check_names_the_clip_that_looks_wrong_and_none_of_the_sound(tmp_path, words):
+    from train_lite import data_report
+
+    sound = {f"c{i}": standing(20 + i % 3) for i in range(9)}
+    labels = write_corpus(tmp_path / "sound", sound)
+    report = data_report({"dev": SignLanguageDataset(labels, scratch_config(), "dev")})
+    assert not [line for line in report if line.startswith("warning")]
+    labels = write_corpus(tmp_path / "odd", sound | {"odd_one": ODD[words]()})
+    report = data_report(
+        {"dev": SignLanguageDataset(labels, scratch_config(max_length=999), "dev")}
+    )
+    warnings = [line for line in report if line.startswith("warning") and "exceed" not in line]
+    matching = [line for line in warnings if re.search(words, line)]
+    assert len(matching) == 1, warnings
+    assert "odd_one" in matching[0] or "1 of 10" in matching[0]
+
+
+def test_check_says_where_a_hand_is_never_seen(tmp_path):
+    from train_lite import data_report
+
+    keypoints, scores = standing()
+    scores[:, LEFT] = 0
+    labels = write_corpus(tmp_path, {"a": (keypoints, scores)})
+    report = "\n".join(data_report({"dev": SignLanguageDataset(labels, scratch_config(), "dev")}))
+    assert "left not seen in 100 %" in report
+
+
+@pytest.mark.parametrize("split", ["train", "dev", "test"])
+def test_nothing_looks_wrong_in_the_real_corpus_of_german_signs(split):
+    from train_lite import data_report
+
+    labels = shared(f"dgs_corpus/labels.{split}")
+    data = SignLanguageDataset(labels, scratch_config(language="de"), split)
+    assert not [line for line in data_report({split: data}) if line.startswith("warning")]
 
 
 # ------------------------------------------------------------ the demo corpus
