@@ -874,7 +874,7 @@ def test_a_collapse_is_little_gap_or_little_variety(changed, warned):
 
 
 def test_scores_are_printed_with_exact_match_first_and_an_interval_where_it_tells(capsys):
-    rows = [(0, "a", "买书", "买书"), (1, "b", "看花", "看花")]
+    rows = [(0, "a", "今天我买书", "今天我买书"), (1, "b", "明天你看花", "明天你看花")]
     metrics = {"dev_loss": 1.23456, "dev_accuracy": 33.333, "bleu4": 0.0, "exact_match": 100.0}
     more = {"chrf": 10.0, "shuffled_chrf": 0.0, "unique_ratio": 1, "reference_unique_ratio": 1}
     train_lite.print_scores(metrics | more, rows, "zh")
@@ -923,12 +923,12 @@ def test_an_evaluation_by_hand(tmp_path):
     labels = {name: entry(name, "我买书", glosses[name]) for name in frames}
     write_labels(tmp_path / "labels.dev", labels)
     dataset = SignLanguageDataset(tmp_path / "labels.dev", scratch_config(), "dev")
-    # one gloss is missing, one is replaced and one is too many; where there are none, none count
-    found = {"a": ["我", "书"], "b": ["你", "书", "我"], "c": ["水"]}
+    # one gloss is missing, one replaced, two are too many; where there are none, none count
+    found = {"a": ["我", "书"], "b": ["你", "书", "我", "他"], "c": ["水"]}
     model = Scripted({"a": "我买书", "b": "你", "c": "他"}, found, nll=[1.0, 4.0])
     inference = InferenceConfig(**DECODING)
     metrics, rows = train_lite.evaluate(model, train_lite.make_loader(dataset, 2), inference)
-    assert metrics["gloss_wer"] == pytest.approx(100 * (1 + 2) / 5)
+    assert metrics["gloss_wer"] == pytest.approx(100 * (1 + 3) / 5)
     assert metrics["dev_loss"] == pytest.approx((10 * 1.0 + 5 * 4.0) / 15)
     assert metrics["dev_accuracy"] == pytest.approx(100 * 4 / 15)
     assert metrics["exact_match"] == pytest.approx(100 / 3)
