@@ -943,6 +943,18 @@ def test_an_evaluation_by_hand(tmp_path):
 # ------------------------------------------------------------ what check prints
 
 
+def test_files_of_one_size_and_time_are_told_apart(tmp_path):
+    """As a copied corpus may have them; what is found for the one is not taken for the other."""
+    keypoints, scores = random_clip(4)
+    label = write_corpus(tmp_path, {"a": (keypoints, scores), "b": (keypoints, 0 * scores)})
+    files = [tmp_path / "pose_format" / f"{name}.pkl" for name in "ab"]
+    for path in files:
+        os.utime(path, ns=(10**18, 10**18))
+    assert len({path.stat().st_size for path in files}) == 1
+    with pytest.raises(DataError, match="1 of 2 clips are unusable:\n  b: "):
+        SignLanguageDataset(label, scratch_config(), "train")
+
+
 def test_bad_clips_are_listed_anew_at_each_start(tmp_path):
     keypoints, scores = random_clip(4)
     config = scratch_config(on_bad_clip="skip", output_dir=str(tmp_path / "run"))
@@ -964,9 +976,10 @@ def test_a_clip_is_counted_by_hand(tmp_path):
     keypoints[2, 100, 0] = math.nan
     scores[3, 9] = math.inf  # seen, but not finite
     keypoints[4, 40] = math.nan  # the face is not read
+    scores[4, 91] = 0  # the right hand alone is left
     path = write_pose(tmp_path / "a.pkl", keypoints, scores)
     report = datasets_lite.inspect_clip(path)
-    assert (report.frames, tuple(report.unseen), report.no_hand) == (5, (1, 2, 2), 1)
+    assert (report.frames, tuple(report.unseen), report.no_hand) == (5, (1, 3, 2), 1)
     assert (report.not_finite, report.in_pixels, report.problem) == (2, False, "")
     write_pose(path, keypoints * 500, scores)
     assert datasets_lite.inspect_clip(path).in_pixels

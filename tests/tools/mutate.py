@@ -133,13 +133,15 @@ TABLE = {
             ("math.ceil(frames / self.config.temporal_stride)", "frames"),
         ],
         DATASETS + "left_out_and_listed": [("usable.append(not problem)", "usable.append(True)")],
+        BITES + "one_size_and_time": [
+            ("{path} {stat.st_size} {stat.st_mtime_ns}", "{stat.st_size} {stat.st_mtime_ns}"),
+        ],
         BITES + "listed_anew": [
             ('mode = "w" if', 'mode = "a" if'),
             ('else "a"  # train comes', 'else "w"  # train comes'),
         ],
         DATASETS + "read_once": [
             ("{path} {stat.st_size} {stat.st_mtime_ns}", "{path} {stat.st_size}"),
-            ("{path} {stat.st_size} {stat.st_mtime_ns}", "{stat.st_size} {stat.st_mtime_ns}"),
             ("if folder and todo:", "if False:"),
         ],
         DATASETS + "outside_of_pose_format": [
