@@ -1,11 +1,12 @@
 """Do the tests bite? Faults planted one at a time, and whether the tests that should notice do.
 
-    python tests/tools/mutate.py                     all of TABLE, some minutes on one core
+    python tests/tools/mutate.py                     all of TABLE, 8 minutes on one core
     python tests/tools/mutate.py augment test_bites  those whose fault or tests hold such a word
 
 A copy of the repository is changed, never the repository. A text that does not stand exactly once
-in its file, or tests that fail without any fault, end it before the first fault. Exit code 1: a
-fault survived for which TABLE gives no reason. Not on Windows: each fault's tests are forked off.
+in its file, or tests that fail without any fault, end it before the first fault, with exit code 1,
+as does a fault that survives and has no reason in TABLE. Not on Windows: every fault's tests are
+forked off.
 """
 
 import os
@@ -18,13 +19,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 180  # a fault under which its tests run for ever counts as noticed
+
+# ---------------------------------------------------------------------- the table
+
 BITES = "tests/test_bites.py -k "
 CONFIG = "tests/test_config.py -k "
 DATASETS = "tests/test_datasets.py -k "
 FUZZ = "tests/test_fuzz.py -k "
 MODELS = "tests/test_models.py -k "
 TRAIN = "tests/test_train.py -k "
-
 # file -> tests -> [(text, what stands in its place)]; a third item is the reason why it may survive
 TABLE = {
     "config_lite.py": {
@@ -532,12 +535,14 @@ TABLE = {
 }
 
 
+# ---------------------------------------------------------------------- the program
+
+
 def main(words):
     mutants = list(every_mutant(words))
     wrong = [f"{file} has {count} x {text!r}" for file, text, *_, count in mutants if count != 1]
     if wrong or not mutants:
-        print("\n".join(wrong) or "no fault has such words")
-        return 2
+        sys.exit("\n".join(wrong) or "no fault has such words")
     load_libraries()
     survived = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -545,25 +550,21 @@ def main(words):
         useless = shutil.ignore_patterns(".git", "__pycache__", ".*_cache", "checkpoints", "data")
         shutil.copytree(ROOT, copy, ignore=useless)
         for tests in dict.fromkeys(tests for _, _, _, tests, *_ in mutants):
-            code = run_tests(copy, tests)
-            if code:
-                print(f"without a fault pytest {tests!r} ends with {code}: nothing is planted")
-                return 2
+            if code := run_tests(copy, tests):
+                sys.exit(f"without a fault pytest {tests!r} ends with {code}: nothing is planted")
         for number, (file, text, instead, tests, reason, _) in enumerate(mutants, 1):
             path = copy / file
             whole = path.read_text(encoding="utf-8")
             path.write_text(whole.replace(text, instead), encoding="utf-8")
             os.utime(path, (number, number))  # so that no other fault's bytecode is taken for its
-            # 2 and 4: what was planted is no Python
-            verdict = {0: "SURVIVED", 2: "BROKEN", 4: "BROKEN"}.get(
-                run_tests(copy, tests), "killed"
-            )
+            verdicts = {0: "SURVIVED", 2: "BROKEN", 4: "BROKEN"}  # the last two: cannot be imported
+            verdict = verdicts.get(run_tests(copy, tests), "killed")
             path.write_text(whole, encoding="utf-8")
             survived += verdict != "killed" and not reason
-            why = f" ({reason})" if verdict != "killed" and reason else ""
-            print(f"{number:3} {verdict:8} {file}: {text!r} -> {instead!r}{why}", flush=True)
+            why = reason if verdict != "killed" else ""
+            print(f"{number:3} {verdict:8} {file}: {text!r} -> {instead!r} {why}", flush=True)
     print(f"{len(mutants)} faults, {survived} of them survived without a reason")
-    return 1 if survived else 0
+    return int(survived > 0)
 
 
 def every_mutant(words):
@@ -573,12 +574,12 @@ def every_mutant(words):
         for tests, faults in by_tests.items():
             for text, instead, *reason in faults:
                 mutant = (file, text, instead, tests, "".join(reason), content.count(text))
-                if not words or any(word in field for word in words for field in mutant[:4]):
+                if not words or any(word in "\n".join(mutant[:4]) for word in words):
                     yield mutant
 
 
 def load_libraries():
-    """Once, for all forked processes; of the project, none."""
+    """Once, for all that are forked; of the project, none."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     import pytest  # noqa: F401
     import sacrebleu  # noqa: F401
@@ -596,8 +597,8 @@ def run_tests(copy, tests):
         os.setpgrp()
         signal.alarm(SECONDS)
         os.chdir(copy)
-        for handle in (1, 2):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), handle)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(1, 2)
         import pytest
 
         file, _, words = tests.partition(" -k ")
