@@ -238,7 +238,7 @@ def test_a_pretrained_model_that_is_tied_is_refused(mt5_folder, tmp_path):
     folder = shutil.copytree(mt5_folder, tmp_path / "tied")
     tied_mt5 = MT5ForConditionalGeneration(MT5Config(vocab_size=100, **MT5_SIZES))
     tied_mt5.save_pretrained(folder)
-    with pytest.raises(ConfigError, match="tied|rows"):
+    with pytest.raises(ConfigError, match="its head is tied .* has 100 rows"):
         pretrained_model(folder)
 
 
@@ -323,9 +323,7 @@ def test_a_damaged_best_is_refused_and_named(tmp_path, clips, damage):
         shutil.copy(other / "model.safetensors", weights)
     with pytest.raises(DataError) as caught:
         SignLanguageLite.from_pretrained(best)
-    assert damage == "another width" or "weights" in damage or str(best) in str(caught.value), (
-        caught.value
-    )
+    assert str(best) in str(caught.value)
 
 
 # ------------------------------------------------------------ what a clip may depend on
@@ -625,7 +623,9 @@ def test_every_length_up_to_max_length_works_and_a_longer_one_is_refused_by_name
 
     for frames in (1, 2, max_length - 1, max_length):
         assert embed(model, random_poses(frames)).shape[1] == math.ceil(frames / stride)
-    with pytest.raises((ValueError, ConfigError), match="max_length"):
+    with pytest.raises(
+        ValueError, match=f"a clip has {max_length + 1} frames, more than max_length"
+    ):
         embed(model, random_poses(max_length + 1))
 
 

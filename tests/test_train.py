@@ -206,7 +206,8 @@ def test_exchanged_clips_never_keep_their_text():
     assert sorted(order) == list(range(len(texts)))
     assert all(texts[i] != texts[j] for i, j in enumerate(order)), [texts[j] for j in order]
     # where one text has most clips, some must keep it
-    assert train_lite.exchange(["a", "a", "a", "b"])
+    texts = ["a", "a", "a", "b"]
+    assert sum(texts[i] == texts[j] for i, j in enumerate(train_lite.exchange(texts))) == 2
 
 
 def test_intervals_of_a_weak_model_do_not_fail():
@@ -736,7 +737,9 @@ def test_translate_reports_a_bad_clip_and_goes_on(demo, finished, tmp_path, caps
 def test_best_works_alone(finished, demo, tmp_path, capsys):
     """On a machine that has nothing but best/ and a clip."""
     best = shutil.copytree(finished / "best", tmp_path / "elsewhere")
-    assert command("translate", best, demo / "pose_format" / "dev_00001.pkl") == 0
+    clip = demo / "pose_format" / "dev_00001.pkl"
+    assert command("translate", best, clip) == 0
+    assert capsys.readouterr().out.startswith(f"{clip}\t")
 
 
 def spoil_corpus(folder):

@@ -1,0 +1,615 @@
+"""Do the tests bite? Faults planted one at a time, and whether the tests that should notice do.
+
+    python tests/tools/mutate.py                     all of TABLE, 8 minutes on one core
+    python tests/tools/mutate.py augment test_bites  those whose fault or tests hold such a word
+
+A copy of the repository is changed, never the repository. A text that does not stand exactly once
+in its file, or tests that fail without any fault, end it before the first fault, with exit code 1,
+as does a fault that survives and has no reason in TABLE. Not on Windows: every fault's tests are
+forked off.
+"""
+
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SECONDS = 180  # a fault under which its tests run for ever counts as noticed
+
+# ---------------------------------------------------------------------- the table
+
+BITES = "tests/test_bites.py -k "
+CONFIG = "tests/test_config.py -k "
+DATASETS = "tests/test_datasets.py -k "
+FUZZ = "tests/test_fuzz.py -k "
+MODELS = "tests/test_models.py -k "
+TRAIN = "tests/test_train.py -k "
+# file -> tests -> [(text, what stands in its place)]; a third item is the reason why it may survive
+TABLE = {
+    "config_lite.py": {
+        BITES + "defaults": [
+            ("batch_size: int = option(2,", "batch_size: int = option(1,"),
+            ("accumulation: int = option(16,", "accumulation: int = option(8,"),
+            ("epochs: int = option(50,", "epochs: int = option(40,"),
+            ("rate: float = option(2e-4,", "rate: float = option(1e-3,"),
+            ("decay: float = option(0.01,", "decay: float = option(0.1,"),
+            ("norm: float = option(1.0,", "norm: float = option(0.0,"),
+            ('5, "linear warm-up;', '0, "linear warm-up;'),
+            ("min_lr: float = option(1e-6,", "min_lr: float = option(0.0,"),
+            ('0.0, "0 = off (review', '0.1, "0 = off (review'),
+            ("        256,\n", "        128,\n"),
+            ('64, "pieces a text', '32, "pieces a text'),
+            ('option("zh", "of the', 'option("en", "of the'),
+            ('option(False, "vary', 'option(True, "vary'),
+            ('"skip"] = option("error"', '"skip"] = option("skip"'),
+            ("2] = option(2,", "2] = option(1,"),
+            ('4, "first decoder blocks', '0, "first decoder blocks'),
+            ('option(True, "train the', 'option(False, "train the'),
+            ('True, "cut pretrained', 'False, "cut pretrained'),
+            ('option(True, "go on', 'option(False, "go on'),
+            ("batch_size: int = 32", "batch_size: int = 16"),
+            ("max_steps: int = 1500", "max_steps: int = 0"),
+            ("learning_rate: float = 1e-3", "learning_rate: float = 2e-4"),
+            ("ctc_weight: float = 0.5", "ctc_weight: float = 0.0"),
+            ("augment: bool = True", "augment: bool = False"),
+            ("max_steps: int = 400", "max_steps: int = 40"),
+            ("num_beams: int = option(1,", "num_beams: int = option(4,"),
+            ('64, "longest output', '32, "longest output'),
+        ],
+        CONFIG + "bad_value": [
+            ("value >= least,", "value > least - 1,"),
+            ("value <= most,", "True,"),
+            (" and not isinstance(value, bool)", ""),
+            ("self.label_smoothing < 1,", "self.label_smoothing <= 1,"),
+            ("self.min_lr <= self.learning_rate", "True"),
+        ],
+    },
+    "datasets_lite.py": {
+        BITES + "own_wrist": [
+            ("LEFT_WRIST = BODY.index(9)", "LEFT_WRIST = BODY.index(10)"),
+            ("RIGHT_WRIST = BODY.index(10)", "RIGHT_WRIST = BODY.index(9)"),
+        ],
+        BITES + "arms": [
+            ("points[:, 7 + side] =", "points[:, 8 - side] ="),
+            ("points[:, 9 + side] =", "points[:, 10 - side] ="),
+            ("(points[:, 5 + side] +", "(points[:, 6 - side] +"),
+        ],
+        DATASETS + "threshold": [
+            ("THRESHOLD = 0.3", "THRESHOLD = 0.4"),
+            ("(motion[..., 2] > thr)", "(motion[..., 2] >= thr)"),
+        ],
+        BITES + "box": [
+            ("(high - low).max()", "(high - low).min()"),
+            ("- scale / 2  # halved", "- (high - low) / 2  # halved"),
+            ("place = (place - place[:, :1]) / scale", "place = place / scale"),
+        ],
+        DATASETS + "four_usable": [("len(valid_coords) < 4", "len(valid_coords) < 3")],
+        BITES + "without_a_body": [("scale > 0  # or", "scale >= 0  # or")],
+        DATASETS + "first_joint": [
+            ("usable &= usable[:, :1]", "usable &= usable[:, 1:2]"),
+            ("usable &= usable[:, :1]", "usable &= True"),
+        ],
+        BITES + "each_for_themselves": [
+            ("[self.config.seed, self.epoch, index]", "[self.config.seed, self.epoch]"),
+            ("[self.config.seed, self.epoch, index]", "[self.config.seed, index]"),
+            ("[self.config.seed, self.epoch, index]", "[self.epoch, index]"),
+        ],
+        BITES + "speeds": [
+            ("([self.config.seed, epoch])", "([self.config.seed])"),
+            ("([self.config.seed, epoch])", "([epoch])"),
+            ("np.log(1.25), len(self)", "np.log(1.25), 1"),
+            ("np.log(0.8), np", "np.log(0.9), np"),
+            ('self.phase == "train" and self.config.augment', "self.config.augment"),
+            ("np.exp(rng.uniform(np.log(0.8), np.log(1.25),", "(rng.uniform(0.8, 1.25,"),
+        ],
+        BITES + "tilts": [
+            ("rng.uniform(-10, 10)", "rng.uniform(-5, 5)"),
+            ("rng.uniform(0.9, 1.1)", "rng.uniform(0.8, 1.2)"),
+            ("0.003 * extent", "0.01 * extent"),
+            ("0.003 * extent", "0.003"),
+            ("turn[0] *= aspect", "turn *= aspect"),
+            ("keypoints[:, USED] +=", "keypoints[:, : len(USED)] +="),
+        ],
+        BITES + "middle": [
+            ("inside = 0.5 if", "inside = 0.0 if"),
+            ("else rng.random(max_length)", "else rng.random()"),
+            ("* (frames / max_length)", "* (frames // max_length)"),
+        ],
+        DATASETS + "evaluation_never or varies_training": [
+            ('if self.phase == "train":\n            # from', "if True:\n            # from"),
+        ],
+        DATASETS + "too_short_for_its_glosses": [
+            ("np.maximum(4, np.minimum(enough, self.frames))", "4"),
+        ],
+        DATASETS + "epochs_lengths": [
+            ("return np.minimum(self.frames, self.config.max_length)", "return self.frames"),
+        ],
+        MODELS + "enough_for_ctc": [
+            ("+ sum(a == b for a, b in", "+ sum(a != b for a, b in"),
+        ],
+        TRAIN + "too_short_for_their_glosses": [
+            ("positions >= need:", "positions >= need - 3:"),
+            ("math.ceil(frames / self.config.temporal_stride)", "frames"),
+        ],
+        DATASETS + "left_out_and_listed": [("usable.append(not problem)", "usable.append(True)")],
+        BITES + "one_size_and_time": [
+            ("{path} {stat.st_size} {stat.st_mtime_ns}", "{stat.st_size} {stat.st_mtime_ns}"),
+        ],
+        BITES + "listed_anew": [
+            ('mode = "w" if', 'mode = "a" if'),
+            ('else "a"  # train comes', 'else "w"  # train comes'),
+        ],
+        DATASETS + "read_once": [
+            ("{path} {stat.st_size} {stat.st_mtime_ns}", "{path} {stat.st_size}"),
+            ("if folder and todo:", "if False:"),
+        ],
+        DATASETS + "outside_of_pose_format": [
+            ("is_relative_to(self.pose_dir.resolve())", "is_relative_to('/')"),
+        ],
+        BITES + "clip_is_counted": [
+            ("seen = (scores > THRESHOLD) & finite", "seen = scores > THRESHOLD"),
+            ("[LEFT[0], RIGHT[0]]].any(1)", "[LEFT[0], RIGHT[0]]].all(1)"),
+            ("(finite & np.isfinite(scores))[:, USED]", "(finite & np.isfinite(scores))"),
+            ("(finite & np.isfinite(scores))[:, USED]", "finite[:, USED]"),
+            ("np.median(keypoints[seen]) > 2", "np.median(keypoints[seen]) > 2000"),
+        ],
+        BITES + "size_limit": [
+            ("if size > MAX_BYTES:", "if size > MAX_BYTES + 1:"),
+            ("if size > MAX_BYTES:", "if size >= MAX_BYTES:"),
+        ],
+        BITES + "unpacks_to": [('check_size(path, len(line), "unpacks to")', "pass")],
+        BITES + "every_core": [
+            ("list(todo.values()), os.cpu_count())", "list(todo.values()), 1)"),
+            ("turn = number % children", "turn = 0"),
+        ],
+        DATASETS + "start_and_end": [
+            ("keypoints[int(start) : int(end)]", "keypoints[int(start) :]"),
+            ('data.get("start") or 0', "0"),
+        ],
+        DATASETS + "pixels": [
+            ("is not None and in_pixels(", "is not None or in_pixels("),
+            ("keypoints / np.float32(size)", "keypoints / np.float32(size[::-1])"),
+        ],
+        FUZZ + "damaged_npz": [('if path.suffix == ".npz":', "if False:")],
+        DATASETS + "silent_loss": [("if key in entries:", "if False:")],
+        BITES + "number_their_batches": [
+            ("plan.append((number + mine,", "plan.append((number + i,"),
+            ("counts = mine < len(batches)", "counts = True"),
+            ("mine = i * self.world + self.rank", "mine = i * self.world"),
+        ],
+        DATASETS + "window_is_divided": [
+            ("batch_size * accumulation * world if", "batch_size * accumulation if"),
+        ],
+        DATASETS + "interrupted_epoch": [("self.plan()[self.start :]", "self.plan()")],
+        DATASETS + "order_follows or longest or waste": [
+            ("([self.seed, self.epoch])", "([self.seed])"),
+            ("np.argsort(-self.lengths[clips]", "np.argsort(self.lengths[clips]"),
+            (
+                "return clips[np.argsort(-self.lengths[clips], ",
+                "return clips[np.argsort(0 * clips, ",
+            ),
+        ],
+        DATASETS + "padded_with_zeros": [
+            ("lengths[:, None]).long()", "lengths[:, None] + 1).long()")
+        ],
+    },
+    "models_lite.py": {
+        BITES + "own_wrist": [
+            ("body[:, :, LEFT_WRIST], mirror=True", "body[:, :, RIGHT_WRIST], mirror=True"),
+            ("body[:, :, RIGHT_WRIST], mirror=False", "body[:, :, LEFT_WRIST], mirror=False"),
+            ("LEFT_WRIST], mirror=True", "LEFT_WRIST], mirror=False"),
+            ("RIGHT_WRIST], mirror=False", "RIGHT_WRIST], mirror=True"),
+            ("wrist = wrist * flip", "pass"),
+            ("[-1.0, 1.0, 1.0]", "[1.0, -1.0, 1.0]"),
+        ],
+        BITES + "root_mean_square": [
+            (".square() * seen", ".square()", "an unseen joint is zero in all three, as built"),
+            ("seen.sum((1, 2, 3)).clamp(min=1)", "(seen >= 0).sum((1, 2, 3))"),
+            ("mean_square.sqrt()", "mean_square"),
+        ],
+        BITES + "docstring_draws": [
+            ("torch.cat([body, left, right], dim", "torch.cat([body, right, left], dim"),
+            ("self.fusion(F.gelu(parts))", "self.fusion(parts)"),
+            ("return x + self.dropout(", "return self.dropout("),
+            ("self.linear(F.gelu(h))", "self.linear(h)"),
+            ("h = self.norm(x) * mask", "h = x * mask"),
+            ("(0, 0, 0, -T % stride)", "(0, 0, -T % stride, 0)"),
+        ],
+        BITES + "reaches_four": [("kernel_size=5, padding=2", "kernel_size=3, padding=1")],
+        MODELS + "padding_does_not_change or depend_on_its_batch": [
+            ("h = self.norm(x) * mask", "h = self.norm(x)"),
+            ("F.pad(x * real,", "F.pad(x,"),
+        ],
+        MODELS + "velocity": [
+            ("seen[:, 1:] & seen[:, :-1]", "seen[:, 1:] | seen[:, :-1]"),
+            ("velocity[:, 1:] =", "velocity[:, :-1] ="),
+        ],
+        BITES + "glorots": [
+            ("nn.init.xavier_uniform_(layer.weight)", "pass"),
+            ("nn.init.zeros_(layer.bias)", "pass"),
+        ],
+        BITES + "sizes": [
+            ("d_ff=2 * config.d_model", "d_ff=4 * config.d_model"),
+            ("num_decoder_layers=config.num_layers", "num_decoder_layers=2"),
+        ],
+        BITES + "best_path": [
+            ("torch.unique_consecutive(best[real])", "best[real]"),
+            ("unique_consecutive(best[real])", "unique_consecutive(best)"),
+            ("for i in path if i != BLANK", "for i in path"),
+        ],
+        MODELS + "ctc": [
+            ("classes.get(gloss, UNKNOWN_GLOSS)", "classes.get(gloss, BLANK + 2)"),
+            ("loss + self.config.ctc_weight * ctc", "loss + ctc"),
+            ('reduction="sum",\n        )\n\n    def', 'reduction="mean",\n        )\n\n    def'),
+        ],
+        BITES + "as_many_other_glosses": [("if other.glosses != self.glosses:", "if False:")],
+        MODELS + "shared_pieces": [
+            ("given[rows[known]]", "given[: int(known.sum())]"),
+            ("row_of.get(piece, -1)", "row_of.get(piece, 0)"),
+        ],
+        BITES + "decoding_option": [
+            ("min(max_new_tokens, self", "min(64, self"),
+            ("num_beams=num_beams,", "num_beams=1,"),
+            ("no_repeat_ngram_size=no_repeat_ngram_size,", "no_repeat_ngram_size=0,"),
+            ('{"length_penalty": length_penalty} if', "{} if"),
+            ("do_sample=False", "do_sample=True"),
+        ],
+        MODELS + "grows_far": [("self.longest_text * 5 // 4 + 1", "self.longest_text * 2")],
+        MODELS + "shifted_twice": [
+            ("decoder_input_ids=decoder_input,", "decoder_input_ids=labels.clamp(min=0),"),
+            ("label_smoothing=smoothing\n", "label_smoothing=smoothing / 2\n"),
+            ("(flat.argmax(-1) == target)", "(flat.argmax(-1) != target)"),
+        ],
+        MODELS + "depend_on_its_batch or halves": [
+            ("loss=loss / tokens,", "loss=loss / len(labels),"),
+            ("tokens = int((labels != IGNORE).sum())", "tokens = labels.numel()"),
+        ],
+        MODELS + "repeated_piece or one_by_one": [
+            ("self.piece_position(pieces, begin)", "self.piece_position(pieces)"),
+            ("self.piece_position(pieces, begin)", "pieces"),
+        ],
+        MODELS + "requires_grad or nothing_is_frozen": [
+            ("blocks[:depth].requires_grad_(False)", "blocks[depth:].requires_grad_(False)"),
+            ("shared.requires_grad_(self.config.train_embedding)", "requires_grad_(True)"),
+            ("if self.config.mt5_path:  # from scratch", "if True:  # from scratch"),
+        ],
+        MODELS + "depth_beyond": [("if depth > len(blocks):", "if False:")],
+        MODELS + "start_smaller": [
+            ("self.layer_norm.weight, 0.5)", "self.layer_norm.weight, 1.0)")
+        ],
+        MODELS + "sinusoid": [("math.log(10000.0)", "math.log(1000.0)")],
+        MODELS + "apart_from_the_table": [
+            ("nn.Parameter(mt5.shared.weight.detach().clone())", "mt5.shared.weight"),
+        ],
+        MODELS + "near_the_uniform": [("std=config.d_model**-0.5", "std=1.0")],
+        MODELS + "cut_at_max_text_length": [("rows[: limit - 1] + rows[-1:]", "rows[:limit]")],
+        BITES + "scripts_of": [
+            ("if not SENTINEL.fullmatch(piece):", "if True:"),
+            ("spells = len(bare) == 1 and", "spells ="),
+            ("and script_of(bare) in scripts", ""),
+            ('re.fullmatch("<0x..>", piece)', "False"),
+        ],
+        MODELS + "is_spelled": [
+            ("spells = len(bare) == 1 and", "spells = False and"),
+            ("rows.append(self.row.get(character_id, self.unknown))", "pass"),
+        ],
+        BITES + "longer_piece": [
+            ("len, texts)) // 400)", "len, texts)) // 40)"),
+            ("longer = min(vocab_size, ", "longer = max(0, "),
+        ],
+        MODELS + "in_shards": [("weights |= load_file(path)", "weights = load_file(path)")],
+        BITES + "best_old": [
+            ('path / "best.old", path, path.with', "path, path.with"),
+            ('path.with_name(path.name + ".old")', "path"),
+            (
+                '(path / "best", path / "best.old", path,',
+                '(path / "best.old", path / "best", path,',
+            ),
+            (' and (folder / "model.safetensors").is_file()', ""),
+        ],
+    },
+    "train_lite.py": {
+        BITES + "mean_over_its_tokens": [
+            ("run.place.world / tokens)", "1 / run.config.gradient_accumulation)"),
+            ("run.place.world / tokens)", "1 / len(run.clips))"),
+            ("summed_loss = output.loss * output.num_tokens", "summed_loss = output.loss"),
+            ("run.config.max_grad_norm or math.inf)", "math.inf)"),
+            ("run.config.max_grad_norm or math.inf)", "run.config.max_grad_norm)"),
+        ],
+        BITES + "tokens_of_both": [
+            ("run.place.world / tokens)", "1 / tokens)"),
+            ("for part, _ in parts:", "for part, _ in parts[:1]:"),
+            ("max(number for _, number in parts)", "signal_number"),
+            ("    run.culprits = []\n", ""),
+            ("    run.clips = []\n", ""),
+        ],
+        BITES + "repeated_batch": [
+            ("summed_loss = summed_loss * 0.0", "pass"),
+            ("    if not counts:\n        return\n", ""),
+        ],
+        BITES + "dropout_follows": [
+            ("[run.config.seed, run.epoch, number]", "[run.config.seed, run.epoch]"),
+            ("[run.config.seed, run.epoch, number]", "[run.config.seed, number]"),
+            ("[run.config.seed, run.epoch, number]", "[run.epoch, number]"),
+        ],
+        BITES + "draws_nothing": [("generator=torch.Generator()", "generator=None")],
+        BITES + "from_the_seed": [("torch.manual_seed(config.seed)", "torch.manual_seed(0)")],
+        BITES + "alone_that_is_not or ten_bad": [
+            ("math.isfinite(norm) and ", ""),
+            (' and math.isfinite(window["loss"])', ""),
+            ("        run.bad_in_a_row = 0\n", ""),
+            ("run.bad_in_a_row >= 10:", "run.bad_in_a_row >= 11:"),
+            ("run.bad_in_a_row >= 10:", "run.skipped >= 10:"),
+            ("zero_grad(set_to_none=True)  # a step", "zero_grad(set_to_none=False)  # a step"),
+            ("    run.scheduler.step()\n", ""),
+        ],
+        TRAIN + "whose_loss_was_not_finite": [
+            ("names = run.culprits or run.clips", "names = run.clips"),
+        ],
+        TRAIN + "short_window": [("window_full or run.batch == len(plan)", "window_full")],
+        BITES + "stands_where": [
+            ('KEPT = "epoch batch step skipped bad', 'KEPT = "epoch batch step bad'),
+            ("skipped bad_in_a_row meter history", "skipped meter history"),
+            ("bad_in_a_row meter history", "bad_in_a_row history"),
+            ("run.config.learning_rate * factor(", 'group["lr"] or factor('),
+            ('if not list(run.folder.glob("best*")):', "if False:"),
+        ],
+        BITES + "last_weights": [
+            ("run.step >= run.total_steps and run.validated", "run.step >= run.total_steps"),
+            ('self.history[-1]["step"] == self.step', "True"),
+        ],
+        BITES + "lacks_something": [
+            ("if missing:\n            raise ValueError", "if False:\n            raise ValueError")
+        ],
+        BITES + "bleu4_then or validation_saves": [
+            ('(m["bleu4"], m["chrf"], -m["dev_loss"])', '(m["bleu4"], -m["dev_loss"])'),
+            ('(m["bleu4"], m["chrf"], -m["dev_loss"])', '(m["bleu4"], m["chrf"], m["dev_loss"])'),
+            ('(m["bleu4"], m["chrf"], -m["dev_loss"])', '(m["chrf"], m["bleu4"], -m["dev_loss"])'),
+            ("if run.best is metrics:", "if True:"),
+            ("signals = run.signals if run.place.world == 1 else None", "signals = None"),
+            ("signals = run.signals if run.place.world == 1 else None", "signals = run.signals"),
+            ("    run.meter = Counter()\n    print_validation", "    print_validation"),
+            ('"skipped_steps": run.skipped', '"skipped_steps": 0'),
+        ],
+        BITES + "ends_an_evaluation": [("if signals and signals.number:", "if False:")],
+        BITES + "signals_to_the_main": [
+            ("worker_init_fn=leave_signals_to_main", "worker_init_fn=print"),
+            ("signal.SIG_IGN)", "signal.SIG_DFL)"),
+            ("numbers.append(signal.SIGUSR1)", "pass"),
+        ],
+        BITES + "when_they_are_due": [
+            ("run.step % run.config.log_interval == 0", "run.step"),
+            ('"loss": run.last_loss', '"loss": sums["loss"] / tokens'),
+            ('sums["nll"] / tokens,', 'sums["nll"],'),
+            ("run.saved_at > SAVE_EVERY", "run.saved_at > 10 * 365 * 86400"),
+            (
+                "    if run.stop_signal:\n        raise Stopped",
+                "    if False:\n        raise Stopped",
+            ),
+        ],
+        BITES + "on_disk_before or flushing": [
+            ("for written in [*aside.rglob", "for written in [*path.rglob"),
+            ('[*aside.rglob("*"), aside]', "[aside]"),
+            ("        flush_to_disk(path.parent)\n", ""),
+            ("os.replace(path, old)", "shutil.rmtree(path)"),
+            ("os.fsync(handle)", "pass"),
+            ("        os.close(handle)\n", ""),
+        ],
+        BITES + "best_old": [('("last.pt", "best", "best.old")', '("last.pt", "best")')],
+        BITES + "dead_process": [('folder.glob("*.part")', 'folder.glob("*.tmp")')],
+        BITES + "goes_on": [
+            ('"labels": self.labels}', "}"),
+            (' | {"processes": self.place.world}', ""),
+            ('FREE_FIELDS = "output_dir ', 'FREE_FIELDS = "output_dir weight_decay '),
+            ('FREE_FIELDS = "output_dir ', 'FREE_FIELDS = "output_dir seed '),
+            ('FREE_FIELDS = "output_dir ', 'FREE_FIELDS = "output_dir max_grad_norm '),
+            ("num_workers device log_interval", "num_workers log_interval"),
+            ("in_steps != was_in_steps or ", ""),
+            ("now[budget] < saved.get(budget, 0)", "False"),
+            ("now[budget] < saved.get(budget, 0)", "now[budget] != saved.get(budget, 0)"),
+        ],
+        BITES + "resume_from": [
+            ('differences(load_checkpoint(resumed)["config"], description)', '""'),
+            ("Path(config.output_dir or resumed.parent)", "resumed.parent"),
+        ],
+        BITES + "labels_digest": [
+            ('in ("dev", "train"):\n        path', 'in ("train",):\n        path'),
+            ("zlib.crc32(path.read_bytes(), digest)", "zlib.crc32(path.read_bytes())"),
+            (
+                "digest = zlib.crc32(path.read_bytes(), digest)",
+                "digest ^= zlib.crc32(path.read_bytes())",
+            ),
+        ],
+        BITES + "warm_up": [
+            ("total_steps // 10 if", "total_steps // 2 if"),
+            ("else total_steps // 2", "else total_steps"),
+            ("min(round(config.warmup_epochs * steps_per_epoch), longest)", "longest"),
+        ],
+        TRAIN + "warms_up_from": [("min_lr=config.min_lr", "min_lr=0.0")],
+        TRAIN + "do_not_decay": [
+            ('"weight_decay": config.weight_decay', '"weight_decay": 0.0'),
+            ("p.ndim <= 1", "p.ndim == 0"),
+        ],
+        BITES + "not_there": [("devices[kind] <= local_rank", "devices[kind] < local_rank")],
+        BITES + "exit_codes": [
+            ("return 128 + signal.SIGINT", "return 1"),
+            ("(ConfigError, DataError, RunError, pickle.UnpicklingError, OSError)", "Exception"),
+        ],
+        BITES + "distance or rouge": [
+            ("(0 if a == b else replace)", "(0 if a == b else 1)"),
+            ("row[j] + 1))", "row[j]))"),
+            ("replace=2)", "replace=1)"),
+            ("beta=1.2", "beta=1.0"),
+            ("split = list if", "split = str.split if"),
+        ],
+        BITES + "punctuation or texts_by_hand": [
+            ('"zh" if language == "zh" else "13a"', '"zh"'),
+            ('"zh" if language == "zh" else "13a"', '"zh" if language == "zh" else "none"'),
+            ("100 * len(set(predictions)) / count", "100 * len(set(references)) / count"),
+            ("100 * sum(p == r for", "100 * sum(p != r for"),
+        ],
+        BITES + "normalised": [
+            ('unicodedata.normalize("NFKC", text).split()', "text.split()"),
+            ('return "".join(words) if', 'return " ".join(words) if'),
+        ],
+        BITES + "exchange": [
+            ("shift = max(most, len(texts) // 2)", "shift = len(texts) // 3"),
+            ("shift = max(most, len(texts) // 2)", "shift = 1"),
+            (
+                "shift = max(most, len(texts) // 2)",
+                "shift = len(texts) // 2",
+                "n - shift: the same",
+            ),
+            ("np.roll(ranked, -shift)", "ranked"),
+            ("for i in exchange(references)", "for i in range(len(references))"),
+        ],
+        BITES + "collapse": [
+            ("gap >= 1 and variety", "gap >= 2 and variety"),
+            ("gap >= 1 and variety >= 0.2", "gap >= 1"),
+            ('metrics["exact_match"] >= 50', 'metrics["exact_match"] > 50'),
+            ("len(predictions) < 2 or", "len(predictions) < 1 or"),
+        ],
+        BITES + "exact_match_first": [
+            ('if not metrics["bleu4"]:', "if False:"),
+            ('["exact_match", *(name', "[*(name"),
+        ],
+        BITES + "shortened": [("text[: width - 3]", "text[:width]")],
+        BITES + "evaluation_by_hand": [
+            ("edit_distance(found, wanted) for", "abs(len(found) - len(wanted)) for"),
+            ("if row[4] is not None and row[5]", "if row[4] is not None"),
+            ("100 * wrong / sum(len(wanted)", "100 * wrong / sum(len(_)"),
+            ("output.nll.item() * output.num_tokens)", "output.nll.item())"),
+            ("rows.sort(key=lambda row: row[0])", "pass"),
+            (
+                "texts = model.generate(src_input, **asdict(inference))",
+                "texts = model.generate(src_input)",
+            ),
+        ],
+        BITES + "as_the_run_did": [
+            (
+                "text = model.generate(src_input, **asdict(inference))[0]",
+                "text = model.generate(src_input)[0]",
+            ),
+            ('values |= values.get("inference", {})', "pass"),
+            ("    values |= given\n", "    values = given | values\n"),
+        ],
+        BITES + "no_longer_clips": [
+            ("if config.max_length > longest:", "if False:"),
+            ('    config.output_dir = ""  # eval', "    pass  # eval"),
+        ],
+        BITES + "validation_saves": [
+            ('"name\\treference\\tprediction\\n"', '"name\\tprediction\\treference\\n"'),
+            ('re.sub(r"\\s+", " ", cell)', "cell"),
+            ("for cell in row[1:])", "for cell in row)"),
+        ],
+        BITES + "figures_of_check or long_clips": [
+            ("[5, 50, 95]", "[0, 50, 100]"),
+            ("(frames > limit).mean()", "(frames >= limit).mean()"),
+            ("np.maximum(frames - limit, 0).sum() / total", "(frames > limit).mean()"),
+            ("[len(BODY), len(LEFT), len(RIGHT)]", "1"),
+            ("if over > 5:", "if over > 60:"),
+            ("if over > 5:", "if over >= 5:"),
+            ("np.percentile(frames, 97)", "np.percentile(frames, 50)"),
+            ("if no_hand > 50:", "if no_hand > 90:"),
+            ("(lengths > limit).mean()", "(lengths >= limit).mean()"),
+            ("    if cut:\n", "    if False:\n"),
+            ("    if unspellable:\n", "    if False:\n"),
+            ("if codec.unknown in rows]", "if rows]"),
+            ("sum(report.not_finite for", "max(report.not_finite for"),
+            ("own.intersection(", "own.union("),
+            ("        if earlier == split:\n            break\n", ""),
+        ],
+        BITES + "gets_wrong": [
+            ("if window < 32:", "if window < 31:"),
+            ("if config.ctc_weight and run.model.gloss_head is None:", "if False:"),
+            ('if config.language == "zh" and', "if"),
+            ('max("".join(dev_texts)) <', 'min("".join(dev_texts)) <'),
+        ],
+        TRAIN + "worse_than_guessing": [('not metrics["dev_loss"] <= uniform', "False")],
+        TRAIN + "epochs_gets_epochs": [('values["max_steps"] = 0', "pass")],
+    },
+}
+
+
+# ---------------------------------------------------------------------- the program
+
+
+def main(words):
+    mutants = list(every_mutant(words))
+    wrong = [f"{file} has {count} x {text!r}" for file, text, *_, count in mutants if count != 1]
+    if wrong or not mutants:
+        sys.exit("\n".join(wrong) or "no fault has such words")
+    load_libraries()
+    survived = 0
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, "repository")
+        useless = shutil.ignore_patterns(".git", "__pycache__", ".*_cache", "checkpoints", "data")
+        shutil.copytree(ROOT, copy, ignore=useless)
+        for tests in dict.fromkeys(tests for _, _, _, tests, *_ in mutants):
+            if code := run_tests(copy, tests):
+                sys.exit(f"without a fault pytest {tests!r} ends with {code}: nothing is planted")
+        for number, (file, text, instead, tests, reason, _) in enumerate(mutants, 1):
+            path = copy / file
+            whole = path.read_text(encoding="utf-8")
+            path.write_text(whole.replace(text, instead), encoding="utf-8")
+            os.utime(path, (number, number))  # so that no other fault's bytecode is taken for its
+            verdicts = {0: "SURVIVED", 2: "BROKEN", 4: "BROKEN"}  # the last two: cannot be imported
+            verdict = verdicts.get(run_tests(copy, tests), "killed")
+            path.write_text(whole, encoding="utf-8")
+            survived += verdict != "killed" and not reason
+            why = reason if verdict != "killed" else ""
+            print(f"{number:3} {verdict:8} {file}: {text!r} -> {instead!r} {why}", flush=True)
+    print(f"{len(mutants)} faults, {survived} of them survived without a reason")
+    return int(survived > 0)
+
+
+def every_mutant(words):
+    """(file, text, instead, tests, reason or "", how often the text stands in the file)."""
+    for file, by_tests in TABLE.items():
+        content = (ROOT / file).read_text(encoding="utf-8")
+        for tests, faults in by_tests.items():
+            for text, instead, *reason in faults:
+                mutant = (file, text, instead, tests, "".join(reason), content.count(text))
+                if not words or any(word in "\n".join(mutant[:4]) for word in words):
+                    yield mutant
+
+
+def load_libraries():
+    """Once, for all that are forked; of the project, none."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    import pytest  # noqa: F401
+    import sacrebleu  # noqa: F401
+    import torch.utils.data
+    from transformers import MT5ForConditionalGeneration, T5Tokenizer  # noqa: F401
+
+    torch.set_num_threads(1)  # a pool of threads does not outlive a fork
+
+
+def run_tests(copy, tests):
+    """-> pytest's exit code: 0 = they pass, 1 = one fails; below 0 a signal, as the alarm's."""
+    sys.stdout.flush()
+    child = os.fork()
+    if not child:
+        os.setpgrp()
+        signal.alarm(SECONDS)
+        os.chdir(copy)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(1, 2)
+        import pytest
+
+        file, _, words = tests.partition(" -k ")
+        flags = ["-x", "-q", "--assert=plain", f"--basetemp={copy.parent / 'tests'}"]
+        flags += ["-p", "no:cacheprovider", "-p", "no:hypothesispytest"]  # seconds, for nothing
+        os._exit(pytest.main([file, "-k", words, *flags]))
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    with suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)  # what it started, and left
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
