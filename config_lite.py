@@ -104,6 +104,10 @@ class TrainConfig:
     language: str = option("zh", "of the texts: by its ISO 639 code; zh is scored by character")
     # new every epoch; evaluation reads clips as they are
     augment: bool = option(False, "vary speed, tilt, aspect and noise of the training clips")
+    # with people that training has not seen it brought most; with the same people it costs a little
+    mirror: float = option(
+        0.5, "share of augmented clips with left and right exchanged; 0 = off", most=1
+    )
     on_bad_clip: Literal["error", "skip"] = option("error", "stop at bad clips, or leave them out")
 
     # --- model ---

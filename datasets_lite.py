@@ -50,6 +50,8 @@ LEFT = list(range(91, 112))
 RIGHT = list(range(112, 133))
 PARTS = {"body": BODY, "left": LEFT, "right": RIGHT}
 USED = BODY + LEFT + RIGHT
+# each joint's fellow of the other side; face and legs, which nothing reads, stay
+MIRRORED = [0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, *range(11, 91), *RIGHT, *LEFT]
 LEFT_WRIST = BODY.index(9)
 RIGHT_WRIST = BODY.index(10)
 # What reading one file may take (`guarded`): bytes of the file, CPU seconds, bytes of memory
@@ -456,7 +458,7 @@ class ClipReport(NamedTuple):
 def inspect_clip(path):
     """One pose file -> ClipReport; runs under guard. None: see `_find`."""
     if path is None:
-        raise DataError("None: its pose is a path out of pose_format: refused")
+        raise DataError(f"{path}: its pose is a path out of pose_format: refused")
     raw = read_pose_bytes(path)
     keypoints, scores = parse_pose(path, raw)
     # counts for the report of `check`
@@ -529,6 +531,9 @@ def read_clip(path, config, rng=None, frames=None):
     # on the clip as it was stored; its box is taken afterwards
     if rng is not None and config.augment:
         keypoints, scores = augment_clip(keypoints, scores, rng, frames or len(scores))
+        # left-handed signers are few in any corpus
+        if rng.random() < config.mirror:
+            keypoints, scores = mirror(keypoints, scores)
     # at most max_length of them, over the whole clip
     chosen = sample_frames(len(scores), config.max_length, rng)
     pose = load_part_kp(keypoints[chosen], scores[chosen])
@@ -576,6 +581,11 @@ def augment_clip(keypoints, scores, rng, frames):
     keypoints = (keypoints.reshape(-1, 2) @ turn).reshape(keypoints.shape)  # (frames, 133, 2)
     keypoints[:, USED] += np.float32(0.003 * extent) * noise
     return keypoints, scores
+
+
+def mirror(keypoints, scores):
+    """The clip as a mirror shows it, its left hand now a right one: (T, 133, 2), (T, 133)."""
+    return keypoints[:, MIRRORED] * np.float32([-1, 1]), scores[:, MIRRORED]
 
 
 def pad_poses(poses):

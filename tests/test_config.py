@@ -65,6 +65,7 @@ SPECIAL = {
     "label_smoothing": [1.0],
     "learning_rate": [1.5],
     "min_lr": [0.1],
+    "mirror": [1.5],
     "d_model": [0, 33],
     "max_text_length": [2**16 + 1],
     "temporal_stride": [0, 3],
@@ -105,7 +106,7 @@ def test_the_message_names_the_choices():
 @pytest.mark.parametrize("name", ["batch_size", "max_steps"])
 def test_a_whole_float_is_refused_where_an_int_is_needed(name):
     """Kept as a float it would fail hours later, in a slice."""
-    with pytest.raises(ConfigError, match=f"{name} is 2.0: it must be a whole number"):
+    with pytest.raises(ConfigError, match=f"{name} is 2.0: it must be of type int"):
         TrainConfig(**{name: 2.0})
 
 
