@@ -230,7 +230,7 @@ class DemoConfig(ScratchConfig):
 
     # written on first use
     data_dir: str = "data/demo"
-    max_steps: int = 400
+    max_steps: int = 500
 
 
 def make_config(kind, values):

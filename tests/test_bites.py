@@ -1243,7 +1243,7 @@ DEFAULTS = {
         "num_layers": 2,
         "vocab_size": 1000,
     },
-    DemoConfig: {"data_dir": "data/demo", "max_steps": 400},
+    DemoConfig: {"data_dir": "data/demo", "max_steps": 500},
     InferenceConfig: {
         "num_beams": 1,
         "max_new_tokens": 64,

@@ -56,7 +56,7 @@ TABLE = {
             ("learning_rate: float = 1e-3", "learning_rate: float = 2e-4"),
             ("ctc_weight: float = 0.5", "ctc_weight: float = 0.0"),
             ("augment: bool = True", "augment: bool = False"),
-            ("max_steps: int = 400", "max_steps: int = 40"),
+            ("max_steps: int = 500", "max_steps: int = 40"),
             ("num_beams: int = option(1,", "num_beams: int = option(4,"),
             ('64, "longest output', '32, "longest output'),
         ],
@@ -365,10 +365,10 @@ TABLE = {
         BITES + "lacks_something": [
             ("if missing:\n            raise ValueError", "if False:\n            raise ValueError")
         ],
-        BITES + "bleu4_then or validation_saves": [
-            ('(m["bleu4"], m["chrf"], -m["dev_loss"])', '(m["bleu4"], -m["dev_loss"])'),
-            ('(m["bleu4"], m["chrf"], -m["dev_loss"])', '(m["bleu4"], m["chrf"], m["dev_loss"])'),
-            ('(m["bleu4"], m["chrf"], -m["dev_loss"])', '(m["chrf"], m["bleu4"], -m["dev_loss"])'),
+        BITES + "standard_error or validation_saves": [
+            ("return near[-1]", "return max(near, key=lambda m: m[measure])"),
+            (">= highest - error", ">= highest"),
+            (">= highest - error", ">= highest - 2 * error"),
             ("if run.best is metrics:", "if True:"),
             ("signals = run.signals if run.place.world == 1 else None", "signals = None"),
             ("signals = run.signals if run.place.world == 1 else None", "signals = run.signals"),
