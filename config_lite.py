@@ -180,6 +180,7 @@ class TrainConfig:
 
 def language_code(language):
     """'ZH', 'zh-CN', 'Chinese' -> 'zh', 'German' -> 'de'. ConfigError for what is no language."""
+    # without region and script
     code = re.split("[-_]", language.strip().lower())[0]
     words = LANGUAGES.split()
     code = dict(zip(words[::2], words[1::2])).get(code, code)
@@ -275,6 +276,7 @@ def _check_fields(config, owner):
 def _misfit(value, item):
     """What the option asks for where the value does not fit, else ""."""
     choices = get_args(item.type)  # of a Literal
+    # the range of a number
     least = item.metadata.get("least", 0)
     most = item.metadata.get("most", math.inf)
     kind = type(value)  # not isinstance: True is an int to Python

@@ -145,6 +145,7 @@ def parse_json(path, raw):
             found[name] = value
         return found
 
+    # Notepad's mark goes
     text = raw.decode("utf-8-sig").strip()
     if text[:1] not in ("{", "["):
         raise DataError(
@@ -367,6 +368,7 @@ class SignLanguageDataset(Dataset):
 
     def _find(self, entry):
         """Where the entry's pose lies; None for one outside pose_format."""
+        # the pose as named, then its name and the entry's with each ending
         stems = [re.sub(r"\.(pkl|npz|pose)$", "", entry["pose"]), VIDEO.sub("", entry["name"])]
         names = [stem + ending for stem in stems for ending in (".pkl", ".npz", ".pose")]
         for name in [entry["pose"], *names]:
@@ -497,6 +499,7 @@ def oddities(keypoints, scores):
     both = seen[:, [5, 6, 9, 10]].all(1)  # (T,)
     shoulders = keypoints[both][:, [5, 6]]  # (frames, 2, 2)
     wrists = keypoints[both][:, [9, 10]]
+    # left to left and right to right, then across
     own = np.linalg.norm(wrists - shoulders, axis=-1).sum(1)  # (frames,)
     other = np.linalg.norm(wrists - shoulders[:, ::-1], axis=-1).sum(1)
     if both.mean() > 0.5 and (own > other).mean() > 0.8:
@@ -753,15 +756,18 @@ def all_frames(value, field, path):
     DataError.
     """
     if isinstance(value, (list, tuple)):
+        # None and an empty list are a frame with nobody
         frames = [np.asarray([] if frame is None else frame) for frame in value]
         shown = [frame for frame in frames if frame.size]
         if shown and len({frame.shape for frame in frames}) > 1:  # persons come and go
+            # axes of one person: (133, 2), or (133,) for bare scores
             usual = 1 if field == "scores" and shown[0].shape[-1] == JOINTS else 2
             firsts = [frame.reshape(-1, *frame.shape[-usual:])[:1] for frame in shown]
             nobody = np.zeros_like(firsts[0])
             rest = iter(firsts)
             frames = [next(rest) if frame.size else nobody for frame in frames]
         value = np.stack(frames)
+    # now with every axis; what is found is said as it stood there
     array = np.asarray(value)
     found = f"dtype {array.dtype}, shape {array.shape}"
     if field == "scores" and array.shape[-1:] == (JOINTS,):
@@ -815,6 +821,7 @@ def read_pose_format(path, raw):
     if not {5, 6, LEFT[0], RIGHT[0]} <= source.keys():
         names = ", ".join(component.name for component in pose.header.components)
         raise DataError(f"{path}: its header has no shoulders or not both hands, only {names}")
+    # pixels -> 0..1
     size = pose.header.dimensions
     places = list(source.values())
     data = np.asarray(pose.body.data)[:, 0, places, :2]  # (T, joints, 2), the first person

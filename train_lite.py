@@ -299,6 +299,7 @@ def compute_metrics(predictions, references, language="zh"):
     if len(predictions) != count or not count:
         raise ValueError(f"{len(predictions)} predictions for {count} references: one each, please")
     # mT5 gives half-width punctuation back: raw strings could never match
+    # the language in one spelling: it decides how texts are cut
     language = language_code(language)
     predictions = comparable(predictions, language)
     references = comparable(references, language)
@@ -742,7 +743,8 @@ def micro_batch(run, number, counts, src_input, tgt_input, last):
     with on_device(src_input, run.place) as src_input, silent:
         with run.place.autocast():
             output = run.net(src_input, tgt_input)
-        # summed, not averaged: texts of unlike length weigh by their tokens
+        # summed, not averaged: texts of unlike length weigh by their tokens; `optimiser_step`
+        # divides once, by all tokens of the window
         summed_loss = output.loss * output.num_tokens
         # a gradient of zeros, for which the other processes wait
         if not counts:
@@ -858,6 +860,7 @@ def after_step(run):
 
 
 def save_last(run):
+    """Write last.pt: before step 1, after each epoch, after 15 minutes within one, at a signal."""
     if run.place.rank == 0:
         save_checkpoint(run.folder / "last.pt", run)
     run.saved_at = time.monotonic()
@@ -871,6 +874,7 @@ def validate(run):
         signals = run.signals if run.place.world == 1 else None
         scored = [evaluate(run.model, run.dev_loader, run.inference, run.place, signals)]
     scores, rows = run.place.gather(scored)[0]
+    # of training since the last validation
     sums = run.meter
     seconds = sums["waited"] + sums["computed"]
     metrics = {
@@ -1223,6 +1227,7 @@ def data_report(data, codec=None):
         texts = [entry["text"] for entry in dataset.entries]
         if codec:  # None where there is no vocabulary to count by
             lines.append(describe_texts(split, texts, codec, warnings))
+        # leaks, by text
         shared = [text for text in set(texts) if seen.setdefault(text, split) != split]
         if shared:
             warnings.append(
