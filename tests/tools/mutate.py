@@ -365,6 +365,9 @@ TABLE = {
         BITES + "lacks_something": [
             ("if missing:\n            raise ValueError", "if False:\n            raise ValueError")
         ],
+        TRAIN + "decides_how_bleu": [
+            ('"zh" if language == "zh" else "char"', '"char" if language == "zh" else "char"'),
+        ],
         BITES + "standard_error or validation_saves": [
             ("return near[-1]", "return max(near, key=lambda m: m[measure])"),
             (">= highest - error", ">= highest"),
@@ -447,7 +450,6 @@ TABLE = {
             ("split = list if", "split = str.split if"),
         ],
         BITES + "punctuation or texts_by_hand": [
-            ('"zh" if language == "zh" else "char"', '"char" if language == "zh" else "char"'),
             ('in NO_SPACES else "13a"', 'in NO_SPACES else "none"'),
             ("100 * len(set(predictions)) / count", "100 * len(set(references)) / count"),
             ("100 * sum(p == r for", "100 * sum(p != r for"),
