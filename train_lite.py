@@ -22,6 +22,7 @@ import signal
 import sys
 import threading
 import time
+import zipfile
 import zlib
 from collections import Counter
 from contextlib import contextmanager, nullcontext, suppress
@@ -214,6 +215,11 @@ def load_checkpoint(path):
         )
     advice = "not a readable checkpoint; --auto_resume false starts anew in another folder"
     with naming(path, advice, RunError):
+        # a flipped bit would go unnoticed into the weights
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise ValueError(f"the checksum of {damaged} differs")
         # weights_only: whoever wrote the file runs no code here
         state = torch.load(path, map_location="cpu", weights_only=True)
         missing = {"model", "optimizer", "history", "config"} - state.keys()

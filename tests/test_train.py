@@ -1329,3 +1329,13 @@ def test_a_clip_exchanged_under_its_name_stops_a_resumed_run(demo, tmp_path, cap
     poses[0].write_bytes(poses[1].read_bytes())
     assert tiny_run(data, tmp_path / "run", 4) == 1
     assert "other clips" in capsys.readouterr().err
+
+
+def test_a_flipped_bit_in_the_weights_of_a_checkpoint_is_noticed(finished, tmp_path):
+    raw = (finished / "last.pt").read_bytes()
+    flipped = bytearray(raw)
+    flipped[len(raw) // 2] ^= 1
+    (tmp_path / "last.pt").write_bytes(flipped)
+    assert torch.load(tmp_path / "last.pt", weights_only=True), "torch itself notices nothing"
+    with pytest.raises(RunError, match="last.pt.*checksum"):
+        train_lite.load_checkpoint(tmp_path / "last.pt")
