@@ -58,6 +58,7 @@ RIGHT_WRIST = BODY.index(10)
 MAX_BYTES = 256 * 2**20
 MAX_SECONDS = 20
 MAX_MEMORY = 2**30
+ENDING = re.compile(r"\.(pkl|npz|pose)$")  # of the pose files that are read
 POINTER = b"version https://git-lfs"
 VIDEO = re.compile(r"\.(mp4|avi|mov|mkv|webm|m4v|mpe?g|wmv)$", re.IGNORECASE)
 NORMALIZER = sentencepiece.SentencePieceNormalizer(rule_name="nmt_nfkc")  # mT5's
@@ -107,9 +108,10 @@ def read_labels(path):
     refuse_known(path, raw)
     with naming(path, "neither a pickle nor JSON (gzipped or not), nor JSON lines"):
         # a pickle's first opcode, of any protocol
-        data = (
-            unpickle(raw) if raw[:1] in (b"\x80", b"(", b"}", b"]", b"c") else parse_json(path, raw)
-        )
+        if raw[:1] in (b"\x80", b"(", b"}", b"]", b"c"):
+            data = unpickle(raw)
+        else:
+            data = parse_json(path, raw)
     if not isinstance(data, (dict, list)) or not data:
         raise DataError(
             f"{path}: a dict or list of entries was expected, found {reprlib.repr(data)}"
@@ -124,7 +126,7 @@ def read_labels(path):
                 if isinstance(data, list) and isinstance(entry, dict):
                     # by its pose, with the folder: many clips may come from one video
                     names = [entry.get(field) for field in ("pose", "pose_path", "video", "name")]
-                    key = Path(pose_name(next(filter(None, names), key))).with_suffix("").as_posix()
+                    key = ENDING.sub("", pose_name(next(filter(None, names), key)))
                 key = str(key)
                 if key in entries:
                     raise DataError(f"{path}: entry {key} is there twice; rename or remove one")
@@ -155,7 +157,7 @@ def parse_json(path, raw):
     try:
         return json.loads(text, object_pairs_hook=once)
     except json.JSONDecodeError:
-        lines = text.splitlines()
+        lines = text.split("\n")  # not splitlines: a text may hold U+2028
         if len(lines) < 2 or text[0] == "[":
             raise
         return [json.loads(line, object_pairs_hook=once) for line in lines if line.strip()]
@@ -178,7 +180,8 @@ def refuse_known(path, raw):
 def refuse_pointer(path):
     """The same for weights, of which no more than the beginning is read."""
     with open(path, "rb") as file:
-        refuse_known(path, POINTER if file.read(len(POINTER)) == POINTER else b"")
+        if file.read(len(POINTER)) == POINTER:
+            refuse_known(path, POINTER)
 
 
 def pose_name(name):
@@ -369,14 +372,15 @@ class SignLanguageDataset(Dataset):
     def _find(self, entry):
         """Where the entry's pose lies; None for one outside pose_format."""
         # the pose as named, then its name and the entry's with each ending
-        stems = [re.sub(r"\.(pkl|npz|pose)$", "", entry["pose"]), VIDEO.sub("", entry["name"])]
+        stems = [ENDING.sub("", entry["pose"]), VIDEO.sub("", entry["name"])]
         names = [stem + ending for stem in stems for ending in (".pkl", ".npz", ".pose")]
         for name in [entry["pose"], *names]:
             # a label must not make the loader read any file of the machine; a link may lead out
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 return None
-            for form in ("NFC", "NFD"):  # macOS takes characters apart
-                path = self.pose_dir / unicodedata.normalize(form, name)
+            apart = unicodedata.normalize("NFD", name)  # as macOS writes it
+            for spelled in (name, unicodedata.normalize("NFC", name), apart):
+                path = self.pose_dir / spelled
                 if os.path.isfile(path):  # False, too, for what can be no file's name
                     return path
         return self.pose_dir / entry["pose"]
@@ -391,8 +395,9 @@ class SignLanguageDataset(Dataset):
             with suppress(OSError, ValueError, TypeError, AttributeError):
                 known = json.loads(cache.read_text(encoding="utf-8"))
                 reports = {key: ClipReport(*report) for key, report in known.items()}
+        # what could not be read may have been mended, or be there by now
+        reports = {key: report for key, report in reports.items() if not report.problem}
         keys = [file_key(path) for path in self.paths]
-        reports.pop("", None)  # a file that was missing may be there by now
         todo = {key: path for path, key in zip(self.paths, keys) if key not in reports}
         found = guarded(inspect_clip, list(todo.values()), os.cpu_count())
         title = f"reading {self.label_path.name}"
@@ -453,14 +458,14 @@ class ClipReport(NamedTuple):
     not_finite: int = 0  # joints, among the used ones, with a NaN or Inf
     in_pixels: bool = False  # still, where load_pose_file had no w_h to divide by
     digest: str = ""  # of the file's contents
-    odd: list = []  # what looks wrong, for `check`
+    odd: tuple = ()  # what looks wrong, for `check`
     problem: str = ""  # why the clip cannot be used
 
 
 def inspect_clip(path):
     """One pose file -> ClipReport; runs under guard. None: see `_find`."""
     if path is None:
-        raise DataError(f"{path}: its pose is a path out of pose_format: refused")
+        return ClipReport(problem="its pose is a path out of pose_format: refused")
     raw = read_pose_bytes(path)
     keypoints, scores = parse_pose(path, raw)
     # counts for the report of `check`
@@ -508,9 +513,9 @@ def oddities(keypoints, scores):
 
 
 def file_key(path):
-    """What tells that a file has changed: path, size and time; "" = there is no file."""
+    """What tells that a file has changed: path, size and time; the path alone: no file."""
     if path is None or not os.path.isfile(path):
-        return ""
+        return str(path)
     stat = path.stat()
     return f"{path} {stat.st_size} {stat.st_mtime_ns}"
 
@@ -912,7 +917,8 @@ def start_reader(read, paths):
         with open(sink, "w", encoding="utf-8") as results:
             for path in paths:
                 seconds = math.ceil(time.process_time()) + MAX_SECONDS
-                resource.setrlimit(resource.RLIMIT_CPU, (seconds, most))
+                with suppress(ValueError):  # a tighter limit holds already
+                    resource.setrlimit(resource.RLIMIT_CPU, (seconds, most))
                 results.write(outcome(read, path))
                 results.flush()
     finally:

@@ -576,7 +576,7 @@ def train_tokenizer(texts, vocab_size):
     one would be learnt from few clips.
     """
     longer = min(vocab_size, sum(map(len, texts)) // 400)
-    characters = set(normalise(" ".join(texts)))
+    characters = set("".join(map(normalise, texts)))
     with tempfile.TemporaryDirectory() as folder:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(texts),
@@ -609,8 +609,8 @@ def pieces_to_keep(tokenizer, texts=None):
     if not texts:
         return sorted(usable.values())
     keep = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
-    keep = keep.union(*tokenizer(list(texts)).input_ids)
-    characters = set(normalise(" ".join(texts)))
+    keep = keep.union(*tokenizer([normalise(text) for text in texts]).input_ids)
+    characters = set("".join(map(normalise, texts)))
     scripts = {script_of(character) for character in characters}
     # what spells any other text in these scripts
     for piece, piece_id in usable.items():

@@ -1017,7 +1017,9 @@ def comparable(texts, language):
 
 
 def make_bleu(language, order=4):
-    tokenize = "zh" if language == "zh" else "char" if language in NO_SPACES else "13a"
+    tokenize = "13a"  # by word
+    if language in NO_SPACES:
+        tokenize = "zh" if language == "zh" else "char"
     return BLEU(tokenize=tokenize, max_ngram_order=order, force=True)  # force: no warning
 
 

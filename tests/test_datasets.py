@@ -1839,6 +1839,23 @@ def test_a_pose_is_found_under_the_names_that_labels_give(tmp_path, label, file)
     assert len(SignLanguageDataset(tmp_path / "labels.train", scratch_config(), "train")) == 1
 
 
+def test_each_missing_pose_is_named_by_its_own_file(tmp_path):
+    labels = write_corpus(tmp_path, {"good": random_clip(8)})
+    labels.write_text(json.dumps({name: {"text": "x"} for name in ("good", "lost1", "lost2")}))
+    with pytest.raises(DataError) as caught:
+        SignLanguageDataset(labels, scratch_config(), "train")
+    for name in ("lost1", "lost2"):
+        assert re.search(f"{name}: .*{name}.pkl: no such pose file", str(caught.value))
+
+
+def test_a_dot_in_a_name_is_no_ending(tmp_path):
+    rows = [{"name": f"clip.{number}", "text": "line\u2028break"} for number in (1, 2)]
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "labels.train").write_text(lines, encoding="utf-8")
+    entries = load_dataset_file(tmp_path / "labels.train")
+    assert [entry["pose"] for entry in entries.values()] == ["clip.1.pkl", "clip.2.pkl"]
+
+
 def test_two_entries_of_one_number_in_two_folders_are_two_clips(tmp_path):
     rows = [{"pose": f"{day}/0.pkl", "text": day} for day in ("monday", "tuesday")]
     (tmp_path / "labels.train").write_text(json.dumps(rows))

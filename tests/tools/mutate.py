@@ -450,7 +450,7 @@ TABLE = {
             ("split = list if", "split = str.split if"),
         ],
         BITES + "punctuation or texts_by_hand": [
-            ('in NO_SPACES else "13a"', 'in NO_SPACES else "none"'),
+            ('tokenize = "13a"', 'tokenize = "none"'),
             ("100 * len(set(predictions)) / count", "100 * len(set(references)) / count"),
             ("100 * sum(p == r for", "100 * sum(p != r for"),
         ],
