@@ -25,14 +25,13 @@ import unicodedata
 import warnings
 from contextlib import contextmanager, suppress
 from hashlib import sha256
-from itertools import compress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 try:
@@ -201,21 +200,22 @@ def make_entry(path, key, entry):
         found = reprlib.repr(text)
         raise DataError(f"{where} has no text (found {found}); give it one or remove the entry")
     # words in a list, or in one text with spaces; none = gloss-free
-    gloss = entry.get("gloss")
-    if gloss is None:
-        gloss = []
-    elif isinstance(gloss, str):
+    gloss = entry.get("gloss") or []
+    if isinstance(gloss, str):
         gloss = gloss.split()
-    elif isinstance(gloss, StoredArray):
+    elif isinstance(gloss, Stored):
         gloss = np.asarray(gloss).tolist()
-    is_list = isinstance(gloss, (list, tuple))
     # anything else would be counted, or read letter by letter
-    if not is_list or not all(isinstance(word, str) for word in gloss):
-        kind = type(gloss).__name__
-        raise DataError(f"{where} has glosses of type {kind}, a list of words was expected")
+    if not isinstance(gloss, (list, tuple)) or not all(isinstance(word, str) for word in gloss):
+        found = reprlib.repr(gloss)
+        raise DataError(f"{where} has glosses {found}, a list of words was expected")
     name = str(entry.get("name") or key)
     pose = entry.get("pose") or entry.get("pose_path") or entry.get("video_path")
     pose = pose_name(pose or (name if VIDEO.search(name) else f"{name}.pkl"))
+    # a label must not make the loader read any file of the machine
+    for path_within in (Path(pose), Path(name)):
+        if path_within.is_absolute() or ".." in path_within.parts:
+            raise DataError(f"{where}: {path_within} is a path out of pose_format: refused")
     # half a character fails here, not when the texts are tokenised
     "".join([name, pose, text, *gloss]).encode()
     return {"name": name, "text": text, "gloss": list(gloss), "pose": pose}
@@ -316,13 +316,12 @@ class SignLanguageDataset(Dataset):
         # labels, then poses: what is wrong is said before a model is built
         faulty = []  # entries, then clips
         self.entries = list(load_dataset_file(label_path, faulty).values())
-        self.paths = [self._find(entry) for entry in self.entries]
+        for entry in self.entries:
+            entry["path"] = self._find(entry)
         if config.output_dir:
             Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-        self.reports = self._inspect_all()
+        self._inspect_all()  # gives each entry its report
         self._drop_bad(faulty, problems)
-        # frames after sampling, before augmentation
-        self.lengths = [min(report.frames, config.max_length) for report in self.reports]
         self.begin_epoch(0)
 
     def __len__(self):
@@ -337,24 +336,24 @@ class SignLanguageDataset(Dataset):
         if self.phase == "train":
             # from seed, epoch and clip alone, so the same whatever process draws it
             rng = np.random.default_rng([self.config.seed, self.epoch, index])
-        path = self.paths[index]
-        CHECKED[path] = self.reports[index].digest
-        return read_clip(path, self.config, rng, self.frames[index])
+        entry = self.entries[index]
+        CHECKED[entry["path"]] = entry["report"].digest
+        return read_clip(entry["path"], self.config, rng, self.frames[index])
 
     def begin_epoch(self, epoch):
-        """Draw each clip's speed for the epoch -> its frames, by which batches are sorted."""
+        """Draw each clip's speed for the epoch; lengths: frames, by which batches are sorted."""
         self.epoch = epoch
-        self.frames = np.array([report.frames for report in self.reports])
+        self.frames = np.array([entry["report"].frames for entry in self.entries])
         if self.phase == "train" and self.config.augment:
             rng = np.random.default_rng([self.config.seed, epoch])
             # as often faster as slower: uniform in the logarithm
             factors = np.exp(rng.uniform(np.log(0.8), np.log(1.25), len(self)))
-            # CTC needs as many as its glosses, where the clip had them
-            need = [ctc_positions(entry["gloss"]) for entry in self.entries]
-            enough = self.config.temporal_stride * np.array(need)
-            least = np.maximum(4, np.minimum(enough, self.frames))
+            # not shorter than CTC can bear, where the clip was not
+            stride = self.config.temporal_stride
+            need = [ctc_frames(entry["gloss"], stride) for entry in self.entries]
+            least = np.maximum(4, np.minimum(need, self.frames))
             self.frames = np.maximum(least, np.round(self.frames * factors).astype(int))
-        return np.minimum(self.frames, self.config.max_length)
+        self.lengths = np.minimum(self.frames, self.config.max_length)
 
     def collate_fn(self, batch):
         """Items -> (src_input, tgt_input); attention_mask (B, T): 1 = real frame, 0 = padding."""
@@ -370,14 +369,11 @@ class SignLanguageDataset(Dataset):
     # --- what is checked before the first step ---
 
     def _find(self, entry):
-        """Where the entry's pose lies; None for one outside pose_format."""
+        """Where the entry's pose lies, in pose_format; a link may lead out."""
         # the pose as named, then its name and the entry's with each ending
         stems = [ENDING.sub("", entry["pose"]), VIDEO.sub("", entry["name"])]
         names = [stem + ending for stem in stems for ending in (".pkl", ".npz", ".pose")]
         for name in [entry["pose"], *names]:
-            # a label must not make the loader read any file of the machine; a link may lead out
-            if Path(name).is_absolute() or ".." in Path(name).parts:
-                return None
             apart = unicodedata.normalize("NFD", name)  # as macOS writes it
             for spelled in (name, unicodedata.normalize("NFC", name), apart):
                 path = self.pose_dir / spelled
@@ -395,50 +391,51 @@ class SignLanguageDataset(Dataset):
             with suppress(OSError, ValueError, TypeError, AttributeError):
                 known = json.loads(cache.read_text(encoding="utf-8"))
                 reports = {key: ClipReport(*report) for key, report in known.items()}
-        # what could not be read may have been mended, or be there by now
-        reports = {key: report for key, report in reports.items() if not report.problem}
-        keys = [file_key(path) for path in self.paths]
-        todo = {key: path for path, key in zip(self.paths, keys) if key not in reports}
+        paths = [entry["path"] for entry in self.entries]
+        keys = [file_key(path) for path in paths]
+        todo = {key: path for path, key in zip(paths, keys) if key not in reports}
         found = guarded(inspect_clip, list(todo.values()), os.cpu_count())
         title = f"reading {self.label_path.name}"
         for key, report in zip(todo, tqdm(found, title, len(todo), leave=False, disable=None)):
             if isinstance(report, Exception):
                 report = ClipReport(problem=str(report))
             reports[key] = ClipReport(*report)
+        for entry, key in zip(self.entries, keys):
+            entry["report"] = reports[key]
         if folder and todo:
-            cache.write_text(json.dumps({key: reports[key] for key in keys}), encoding="utf-8")
-        return [reports[key] for key in keys]
+            # what could not be read may be mended, or there, the next time
+            sound = {key: reports[key] for key in keys if not reports[key].problem}
+            cache.write_text(json.dumps(sound), encoding="utf-8")
 
-    def _problem(self, entry, report):
-        """Why a clip cannot be used, or ""; CTC needs an encoder position for each gloss."""
+    def _problem(self, entry):
+        """Why a clip cannot be used, or ""."""
+        report = entry["report"]
         frames = min(report.frames, self.config.max_length)
-        positions = math.ceil(frames / self.config.temporal_stride)
-        need = ctc_positions(entry["gloss"])
+        need = ctc_frames(entry["gloss"], self.config.temporal_stride)
         by_ctc = self.phase == "train" and self.config.ctc_weight
-        if report.problem or not by_ctc or positions >= need:
+        if report.problem or not by_ctc or frames >= need:
             return report.problem
         return (
-            f"{frames} frames make {positions} positions, CTC on its glosses needs {need}: remove "
-            "it, or --temporal_stride 1, or --ctc_weight 0"
+            f"it has {frames} frames, CTC on its glosses needs {need}: remove it, or "
+            "--temporal_stride 1, or --ctc_weight 0"
         )
 
     def _drop_bad(self, bad, problems):
         """Leave out what is bad, or refuse the set, as on_bad_clip says; problems takes names."""
         usable = []
         count = len(bad) + len(self.entries)
-        for entry, report in zip(self.entries, self.reports):
-            problem = self._problem(entry, report)
-            usable.append(not problem)
+        for entry in self.entries:
+            problem = self._problem(entry)
             if problem:
                 bad.append(f"{entry['name']}: {problem}")
+            else:
+                usable.append(entry)
+        self.entries = usable
         # all are named, the first five on the screen
         message = f"{self.label_path}: {len(bad)} of {count} clips are unusable:\n{first_five(bad)}"
-        self.entries = list(compress(self.entries, usable))
-        self.paths = list(compress(self.paths, usable))
-        self.reports = list(compress(self.reports, usable))
         if problems is not None:
             problems += bad
-        elif bad and (self.config.on_bad_clip == "error" or not self.entries):
+        elif bad and (self.config.on_bad_clip == "error" or not usable):
             advice = "mend or remove them, or leave them out with --on_bad_clip skip"
             raise DataError(f"{message}\n{advice}")
         elif bad:
@@ -450,11 +447,13 @@ class SignLanguageDataset(Dataset):
 
 
 class ClipReport(NamedTuple):
-    """What the check found in one pose file; joints are counted over all frames."""
+    """What the check found in one pose file; shares are in %."""
 
     frames: int = 0
-    unseen: tuple = (0, 0, 0)  # joints at or below the threshold: body, left hand, right hand
-    no_hand: int = 0  # frames in which neither hand was seen
+    body: float = 0  # of its joints, those not seen: at or below the threshold, or not finite
+    left: float = 0
+    right: float = 0
+    no_hand: float = 0  # of the frames, those in which neither hand was seen
     not_finite: int = 0  # joints, among the used ones, with a NaN or Inf
     in_pixels: bool = False  # still, where load_pose_file had no w_h to divide by
     digest: str = ""  # of the file's contents
@@ -463,9 +462,7 @@ class ClipReport(NamedTuple):
 
 
 def inspect_clip(path):
-    """One pose file -> ClipReport; runs under guard. None: see `_find`."""
-    if path is None:
-        return ClipReport(problem="its pose is a path out of pose_format: refused")
+    """One pose file -> ClipReport; runs under guard."""
     raw = read_pose_bytes(path)
     keypoints, scores = parse_pose(path, raw)
     # counts for the report of `check`
@@ -478,9 +475,9 @@ def inspect_clip(path):
     not_finite = ~(finite & np.isfinite(scores))[:, USED]
     has_hand = seen[:, [LEFT[0], RIGHT[0]]].any(1)  # (T,): by the hands' first joints
     return ClipReport(
-        frames=len(seen),
-        unseen=tuple(int((~seen[:, joints]).sum()) for joints in PARTS.values()),
-        no_hand=int((~has_hand).sum()),
+        len(seen),
+        *(100 * float((~seen[:, joints]).mean()) for joints in PARTS.values()),
+        no_hand=100 * float((~has_hand).mean()),
         not_finite=int(not_finite.sum()),
         in_pixels=in_pixels(keypoints, scores),
         digest=sha256(raw).hexdigest(),
@@ -512,17 +509,18 @@ def oddities(keypoints, scores):
     return odd
 
 
+def ctc_frames(gloss, stride):
+    """Frames that CTC needs: a position for each gloss, one more between equal neighbours."""
+    positions = len(gloss) + sum(a == b for a, b in zip(gloss, gloss[1:]))
+    return stride * (positions - 1) + 1
+
+
 def file_key(path):
     """What tells that a file has changed: path, size and time; the path alone: no file."""
-    if path is None or not os.path.isfile(path):
+    if not os.path.isfile(path):
         return str(path)
     stat = path.stat()
     return f"{path} {stat.st_size} {stat.st_mtime_ns}"
-
-
-def ctc_positions(target):
-    """Positions that CTC needs for a target: one a gloss, one more between equal neighbours."""
-    return len(target) + sum(a == b for a, b in zip(target, target[1:]))
 
 
 # ------------------------------------------------------------------------------- clips -> batches
@@ -586,7 +584,7 @@ def augment_clip(keypoints, scores, rng, frames):
     seen = (scores[:, BODY] > THRESHOLD) & np.isfinite(body).all(-1)
     extent = np.ptp(body[seen], axis=0).max() if seen.any() else 0
     noise = rng.standard_normal((frames, len(USED), 2), np.float32)
-    keypoints = (keypoints.reshape(-1, 2) @ turn).reshape(keypoints.shape)  # (frames, 133, 2)
+    keypoints = keypoints @ turn  # (frames, 133, 2)
     keypoints[:, USED] += np.float32(0.003 * extent) * noise
     return keypoints, scores
 
@@ -609,69 +607,49 @@ def pad_poses(poses):
     return batch
 
 
-class LengthBatchSampler(Sampler):
-    """Batches of clips of like length, in windows: the clips that one optimiser step sees.
+def longest_first(lengths, batch_size):
+    """Clips in batches of like length, for evaluation; memory fails in the first, not the last."""
+    return cut(by_length(np.arange(len(lengths)), lengths), batch_size)
 
-    Shuffled, from seed and epoch alone: pools of 16 windows are sorted by length and cut into
-    windows, which come in random order, a short one last. So a step's clips do not depend on how
-    micro-batches and processes divide it. Unshuffled: longest first, and memory fails early.
-    Process `rank` of `world` takes every world-th batch of a window; where that does not come out
-    even, it repeats one that does not count. start: batches of this process to leave out, which an
-    interrupted epoch has already used.
+
+def plan_epoch(lengths, config, epoch, rank=0, world=1):
+    """One process's epoch: [(number among all processes' batches, clips, whether it counts)].
+
+    Batches of like length, in windows: the clips that one optimiser step sees. From seed and epoch
+    alone, pools of 16 windows are sorted by length and cut into windows, which come in random
+    order, a short one last: a step's clips do not depend on how micro-batches and processes divide
+    it. Process `rank` of `world` takes every world-th batch of a window; where that does not come
+    out even, it repeats one that does not count.
     """
+    rng = np.random.default_rng([config.seed, epoch])
+    size = config.batch_size * config.gradient_accumulation * world  # clips in a window
+    order = rng.permutation(len(lengths))
+    whole = len(order) - len(order) % size
+    windows = []
+    for begin in range(0, whole, 16 * size):
+        pool = order[begin : min(begin + 16 * size, whole)]
+        windows += list(by_length(pool, lengths).reshape(-1, size))
+    rng.shuffle(windows)
+    windows.append(by_length(order[whole:], lengths))
+    plan = []
+    number = rank
+    for window in windows:
+        batches = cut(window, config.batch_size)
+        # a turn: one batch for each process
+        for begin in range(0, len(batches), world):
+            turn = batches[begin : begin + world]
+            counts = rank < len(turn)
+            plan.append((number + begin, turn[rank if counts else -1], counts))
+        number += len(batches)
+    return plan
 
-    def __init__(self, lengths, batch_size, shuffle, seed=0, accumulation=1, rank=0, world=1):
-        self.lengths = np.asarray(lengths)
-        self.batch_size = batch_size
-        self.shuffle = shuffle
-        self.seed = seed
-        self.rank = rank
-        self.world = world
-        # clips that one optimiser step of all processes sees; unshuffled: the whole split
-        self.window = batch_size * accumulation * world if shuffle else max(1, len(lengths))
-        self.epoch = 0
-        self.start = 0
 
-    def __len__(self):
-        return len(self.plan())
+def by_length(clips, lengths):
+    return clips[np.argsort(-np.asarray(lengths)[clips], kind="stable")]
 
-    def __iter__(self):
-        for _, clips, _ in self.plan()[self.start :]:
-            yield clips
 
-    def plan(self):
-        """This process's epoch: [(number among all processes', clips, whether it counts)]."""
-        plan = []
-        number = 0
-        for window in self._windows():
-            batches = []
-            for begin in range(0, len(window), self.batch_size):
-                batches.append(window[begin : begin + self.batch_size].tolist())
-            # a round: one batch for each process
-            rounds = math.ceil(len(batches) / self.world)
-            for i in range(rounds):
-                mine = i * self.world + self.rank
-                counts = mine < len(batches)
-                plan.append((number + mine, batches[mine] if counts else batches[-1], counts))
-            number += len(batches)
-        return plan
-
-    def _windows(self):
-        """The epoch's clips, an array an optimiser step."""
-        # nothing but seed and epoch decides the order
-        rng = np.random.default_rng([self.seed, self.epoch])
-        count = len(self.lengths)
-        order = rng.permutation(count) if self.shuffle else np.arange(count)
-        whole, rest = np.split(order, [count - count % self.window])
-        windows = []
-        for begin in range(0, len(whole), 16 * self.window):
-            pool = self._by_length(whole[begin : begin + 16 * self.window])
-            windows += list(pool.reshape(-1, self.window))
-        shuffled = [windows[i] for i in rng.permutation(len(windows))]
-        return shuffled + [self._by_length(rest)]
-
-    def _by_length(self, clips):
-        return clips[np.argsort(-self.lengths[clips], kind="stable")]
+def cut(clips, size):
+    return [clips[begin : begin + size].tolist() for begin in range(0, len(clips), size)]
 
 
 # ------------------------------------------------------------------------------- one pose file
@@ -723,21 +701,18 @@ def parse_pose(path, raw):
                 f"{path}: keypoints and scores were expected, found {reprlib.repr(data)}"
             )
         keypoints = all_frames(data["keypoints"], "keypoints", path)  # (T, 133, 2 or 3)
+        scores = keypoints[..., 2:]
         if "scores" in data:
             scores = all_frames(data["scores"], "scores", path)  # (T, 133, 1)
-        else:
-            scores = keypoints[..., 2:]
-        if (keypoints.shape[2], scores.shape[2]) not in [(2, 1), (3, 1)]:
+        # the two must belong together
+        if keypoints.shape[2] not in (2, 3) or scores.shape != (*keypoints.shape[:2], 1):
             raise DataError(
-                f"{path}: a joint has {keypoints.shape[2]} numbers and {scores.shape[2]} scores; 2 "
-                "and 1 were expected, or 3, the last its score"
+                f"{path}: keypoints {keypoints.shape} and scores {scores.shape} do not fit; "
+                "(T, 133, 2) and (T, 133, 1) were expected, or (T, 133, 3), the last the score"
             )
         keypoints = keypoints[..., :2]
         scores = scores[..., 0]
-        # the two must belong together
         count = len(scores)
-        if len(keypoints) != count:
-            raise DataError(f"{path}: {len(keypoints)} frames of keypoints, but {count} of scores")
         start = data.get("start") or 0
         end = count if data.get("end") is None else data["end"]
         start, end = two_numbers([start, end], 0, "[start, end]", "two frame numbers", path)
@@ -789,14 +764,8 @@ def all_frames(value, field, path):
     return array.astype(np.float32, copy=False)
 
 
-# joints of the body as .pose headers call them, without sides, in lower case
-POSE_FORMAT_BODY = {
-    "nose": [0],
-    "ear": [3, 4],
-    "shoulder": [5, 6],
-    "elbow": [7, 8],
-    "wrist": [9, 10],
-}
+# the body's joints as `.pose` headers call them, once "_" is gone and sides are one letter
+POSE_FORMAT_BODY = "nose lear rear lshoulder rshoulder lelbow relbow lwrist rwrist"
 
 
 def read_pose_format(path, raw):
@@ -810,18 +779,18 @@ def read_pose_format(path, raw):
     except ImportError:
         raise DataError(f"{path}: .pose files need a package: pip install pose-format") from None
     pose = Pose.read(raw)
+    body = POSE_FORMAT_BODY.split()
     source = {}  # our joint -> its place in the file
     place = 0
     for component in pose.header.components:
         kind = component.name.lower()
+        hand = LEFT if "left" in kind else RIGHT
         for number, point in enumerate(component.points):
-            name = point.lower().replace("_", "")
-            side = name.startswith("r")
-            joints = POSE_FORMAT_BODY.get(re.sub("^(left|right|l|r)", "", name), [])
-            if "hand" in kind and len(component.points) == len(LEFT):
-                source[(LEFT if "left" in kind else RIGHT)[number]] = place
-            elif joints and "hand" not in kind and "world" not in kind:
-                source[joints[side and len(joints) > 1]] = place
+            name = point.lower().replace("_", "").replace("left", "l").replace("right", "r")
+            if "hand" not in kind and "world" not in kind and name in body:
+                source[BODY[body.index(name)]] = place
+            elif "hand" in kind and len(component.points) == len(hand):
+                source[hand[number]] = place
             place += 1
     if not {5, 6, LEFT[0], RIGHT[0]} <= source.keys():
         names = ", ".join(component.name for component in pose.header.components)
@@ -857,7 +826,7 @@ def in_pixels(keypoints, scores):
 # ------------------------------------------------------------------------------- untrusted files
 
 
-class Refused(pickle.UnpicklingError):
+class Refused(DataError, pickle.UnpicklingError):
     """A pickle asks for more than data."""
 
 
@@ -936,7 +905,7 @@ def outcome(read, path):
         with naming(path, "cannot be read"):
             line = json.dumps(["", read(path)])
             check_size(path, len(line), "unpacks to")
-    except (DataError, Refused) as error:
+    except DataError as error:
         line = json.dumps([type(error).__name__, str(error)])
     return line + "\n"
 
@@ -983,41 +952,32 @@ def unpickle(raw):
     return SafeUnpickler(io.BytesIO(raw)).load()
 
 
-class StoredType:
-    """numpy's dtype in a pickle: the code of plain numbers or text, and a byte order."""
+class Stored:
+    """What numpy's dtype or array was pickled from; np.asarray makes an array of plain numbers.
 
-    def __init__(self, code, *_):
-        self.code = code
+    numpy's own reconstructors are never called: with made-up bytes they are not safe.
+    """
 
-    def __setstate__(self, state):
-        self.code = state[1] + self.code
-
-    def values(self, data):
-        if np.dtype(self.code).kind not in "biufSU":
-            raise Refused(f"an array of dtype {self.code}")
-        return np.frombuffer(data, self.code)
-
-
-class StoredArray:
-    """numpy's array in a pickle; np.asarray makes a real one of its bytes, and of nothing else."""
-
-    def __init__(self, *_):
-        pass
+    def __init__(self, *given):
+        self.given = given
 
     def __setstate__(self, state):
-        _, self.shape, self.type, in_columns, self.data = state
-        self.order = "F" if in_columns else "C"
+        self.state = state
 
     def __array__(self, dtype=None, copy=None):
-        return self.type.values(self.data).reshape(self.shape, order=self.order)
+        if hasattr(self, "state"):
+            _, shape, kind, in_columns, data = self.state
+            order = "F" if in_columns else "C"
+        else:  # protocol 5
+            data, kind, shape, order = self.given
+        code = kind.state[1] + kind.given[0]  # byte order, and what an element is
+        if np.dtype(code).kind not in "biufSU":
+            raise Refused(f"an array of dtype {code}")
+        return np.frombuffer(data, code).reshape(shape, order=order)
 
 
-def array_from_buffer(data, dtype, shape, order):
-    return dtype.values(data).reshape(shape, order=order)
-
-
-def array_scalar(dtype, data):
-    return dtype.values(data)[0]
+def stored_scalar(kind, data):
+    return np.asarray(Stored(data, kind, (), "C"))[()]
 
 
 def encode_latin1(text, encoding):
@@ -1029,11 +989,11 @@ class SafeUnpickler(pickle.Unpickler):
     """Builds arrays and plain containers; what else a pickle names is refused uncalled."""
 
     ALLOWED = {
-        "numpy.ndarray": StoredArray,
-        "numpy.dtype": StoredType,
-        "numpy.core.multiarray._reconstruct": StoredArray,
-        "numpy.core.multiarray.scalar": array_scalar,
-        "numpy.core.numeric._frombuffer": array_from_buffer,
+        "numpy.ndarray": Stored,
+        "numpy.dtype": Stored,
+        "numpy.core.multiarray._reconstruct": Stored,
+        "numpy.core.multiarray.scalar": stored_scalar,
+        "numpy.core.numeric._frombuffer": Stored,
         "_codecs.encode": encode_latin1,
         "builtins.bytearray": bytearray,
         "builtins.complex": complex,
@@ -1056,7 +1016,6 @@ class SafeUnpickler(pickle.Unpickler):
 
 # Word classes in the order of the text: how often one is there, what stands around it, its words.
 DEMO_WORDS = {
-    "greeting": (0.1, "{}，", "你好"),
     "time": (0.6, "{}", "今天 明天 昨天"),
     "subject": (1, "{}", "我 你 他 妈妈 老师 朋友"),
     "place": (0.5, "在{}", "学校 家 商店 医院"),
@@ -1065,15 +1024,14 @@ DEMO_WORDS = {
     "adjective": (0.5, "{}的", "大 小 红 新"),
     "object": (1, "{}", "书 水 花 车 鱼 苹果 衣服 手机 电脑"),
     "question": (0.3, "{}？", "吗"),
-    "thanks": (0.1, "{}！", "谢谢"),
 }
-DEMO_SIGNS = "greeting time place subject object adjective verb not question thanks"  # their order
+DEMO_SIGNS = "time place subject object adjective verb not question"  # their order
 DEMO_SPLITS = {"train": 1600, "dev": 120, "test": 120}
-# Points are x + 1j * y, y down, in shoulder widths from the neck, so that to turn is to multiply.
-DEMO_HEAD = [-0.55j, 0, 0, 0.17 - 0.57j, -0.17 - 0.57j, 0.5, -0.5]  # nose to shoulders, no eyes
-DEMO_FINGERS = -0.08j * np.arange(1, 5)  # the joints of one that is straight and points up
-# A hand is its wrist, the turn of its palm, and how straight each finger is. Left, right, at rest:
-DEMO_REST = [[0.6 + 1.6j, 1, *[0.6] * 5], [-0.6 + 1.6j, 1, *[0.6] * 5]]
+# Points are up + 1j * right, in shoulder widths from the neck: to turn is to multiply, to mirror is
+# to conjugate. A hand is its wrist, the turn of its palm, and how straight each finger is.
+DEMO_HEAD = [0.55, 0, 0, 0.57 + 0.17j, 0.57 - 0.17j, 0.5j, -0.5j]  # nose to shoulders, no eyes
+DEMO_REST = np.array([-1.6 + 0.6j, 1, *[0.6] * 5])  # the left hand; conjugated: the right one
+DEMO_FAN = np.exp(0.3j * np.arange(-2, 3))  # the fingers' directions, thumb to little finger
 
 
 def make_demo_corpus(data_dir, seed=0, splits=None):
@@ -1130,66 +1088,57 @@ def demo_sentence(rng):
         if rng.random() < chance:
             words[kind] = str(rng.choice(choice.split()))
             text += form.format(words[kind])
-        elif kind == "question":
-            text += "。"
     return text, [words[kind] for kind in DEMO_SIGNS.split() if kind in words]
 
 
 def demo_signs():
-    """{word: (2, 2, 7)}: both hands where the sign begins and where it ends, whatever the seed."""
+    """{word: (2, 14)}: left and right hand where the sign begins and ends, whatever the seed."""
     rng = np.random.default_rng(20247)
     signs = {}
     for _, _, choice in DEMO_WORDS.values():
         for word in choice.split():
-            place = complex(rng.uniform(-0.7, 0.2), rng.uniform(-0.5, 1.0))
-            path = rng.uniform(0, 0.5) * np.exp(2j * np.pi * rng.random())
+            begin = complex(rng.uniform(-1, 0.5), rng.uniform(-0.7, 0.2))
+            end = begin + rng.uniform(0, 0.5) * np.exp(2j * np.pi * rng.random())
             palm = np.exp(1j * rng.uniform(-1.2, 1.2))
             fingers = rng.integers(1, 4, 5) / 3  # bent, half bent, straight
-            begin = [DEMO_REST[0], [place, palm, *fingers]]
-            end = [DEMO_REST[0], [place + path, palm, *fingers]]
-            sign = np.array([begin, end])
-            if rng.random() < 0.5:  # the left hand mirrors the right
-                sign[:, 0] = sign[:, 1].conj()
-                sign[:, 0, 0] *= -1
-            signs[word] = sign
+            right = np.array([[begin, palm, *fingers], [end, palm, *fingers]])  # (2, 7)
+            # some signs need both hands
+            left = right.conj() if rng.random() < 0.5 else [DEMO_REST, DEMO_REST]
+            signs[word] = np.hstack([left, right])
     return signs
 
 
 def demo_clip(signs, rng):
     """Signs one after another by one random signer -> keypoints (T, 133, 2), scores (T, 133)."""
     # what the hands are to do, and when
-    keys = np.concatenate([[DEMO_REST], *signs, [DEMO_REST]]).reshape(-1, 14)
-    times = [0]
-    for _ in signs:
-        begin = times[-1] + rng.uniform(2, 4)
-        times += [begin, begin + rng.uniform(4, 6)]
-    times.append(times[-1] + 3)
-    frames = np.arange(0, times[-1], rng.uniform(0.8, 1.25))  # the signer's speed
+    rest = np.hstack([DEMO_REST, DEMO_REST.conj()])
+    keys = np.vstack([rest, *signs, rest])  # (2 signs + 2, 14)
+    times = np.cumsum(rng.uniform(3, 5, len(keys)))
+    frames = np.arange(times[0], times[-1], rng.uniform(0.8, 1.25))  # the signer's speed
     track = np.stack([np.interp(frames, times, key) for key in keys.T], -1)  # (T, 14)
 
     # joints; legs and face, which nothing reads, stay a dot
     points = np.zeros((len(frames), JOINTS), complex)  # (T, 133)
     points[:, :7] = DEMO_HEAD
     for side, joints in enumerate((LEFT, RIGHT)):
-        wrist, palm, straight = np.split(track[:, 7 * side : 7 * side + 7], [1, 2], axis=1)
-        fan = np.exp(1j * np.linspace(-0.6, 0.6, 5) * [-1, 1][side])  # mirrored
-        fingers = (palm * fan * straight)[..., None] * DEMO_FINGERS  # (T, 5, 4)
-        points[:, joints] = wrist + np.hstack([0 * wrist, fingers.reshape(-1, 20)])  # (T, 21)
-        points[:, 9 + side] = wrist[:, 0]
-        points[:, 7 + side] = (points[:, 5 + side] + wrist[:, 0]) / 2 + 0.25j  # elbow
+        hand = track[:, 7 * side : 7 * side + 7]  # (T, 7)
+        fan = DEMO_FAN if side else DEMO_FAN.conj()
+        fingers = (hand[:, 1:2] * hand[:, 2:] * fan)[..., None]  # (T, 5, 1)
+        points[:, joints] = hand[:, :1]
+        points[:, joints[1:]] += (fingers * 0.08 * np.arange(1, 5)).reshape(-1, 20)
+        points[:, 9 + side] = hand[:, 0]
+        points[:, 7 + side] = (points[:, 5 + side] + hand[:, 0]) / 2 - 0.25  # elbow
 
     # the signer's size, tilt, place and aspect; the detector's noise
     size = rng.uniform(0.14, 0.26)
     points = points * size * np.exp(1j * rng.uniform(-0.14, 0.14))  # up to 8 degrees
-    points += complex(rng.uniform(0.4, 0.6), rng.uniform(0.25, 0.4))
-    keypoints = np.stack([rng.uniform(0.92, 1.08) * points.real, points.imag], -1)
+    points += complex(-rng.uniform(0.25, 0.4), rng.uniform(0.4, 0.6))
+    keypoints = np.stack([rng.uniform(0.92, 1.08) * points.imag, -points.real], -1)
     keypoints += rng.normal(0, size * rng.uniform(0.004, 0.012), keypoints.shape)
     scores = rng.uniform(0.7, 1.0, points.shape)
     scores[:, 11:23] = 0.2  # hips and legs are out of the frame
     for joints in (LEFT, RIGHT):
         if rng.random() < 0.3:  # the hand drops out for some frames
             begin = rng.integers(len(points))
-            gone = slice(begin, begin + rng.integers(1, 4))
-            scores[gone, joints] = 0.1
-            keypoints[gone, joints] = rng.uniform(0, 1, 2)
+            scores[begin : begin + 3, joints] = 0.1
     return keypoints.astype(np.float32), scores.astype(np.float32)

@@ -16,7 +16,6 @@ import json
 import math
 import re
 import tempfile
-import unicodedata
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
@@ -223,7 +222,7 @@ class SignLanguageLite(nn.Module):
             print(f"  {title:14} {total:>13,} parameters, {trainable:>13,} trainable")
 
     def encode_pose(self, src_input):
-        """-> embeddings (B, T', d_model), mask (B, T'). Raises ValueError beyond max_length."""
+        """-> embeddings (B, T', d_model), mask (B, T'). Raises ConfigError beyond max_length."""
         body = src_input["body"]  # (B, T, 9, 3)
         left = src_input["left"]  # (B, T, 21, 3)
         right = src_input["right"]  # (B, T, 21, 3)
@@ -231,9 +230,9 @@ class SignLanguageLite(nn.Module):
         B, T = mask.shape
         stride = self.config.temporal_stride
         if self.config.max_length < T:
-            raise ValueError(
-                f"a clip has {T} frames, more than max_length {self.config.max_length}: sample it "
-                "down (sample_frames does) or raise max_length"
+            raise ConfigError(
+                f"a clip has {T} frames, more than the model's max_length {self.config.max_length}"
+                ": sample it down (sample_frames does)"
             )
 
         # joints -> one vector a part; both hands in one call, since they share the layer
@@ -596,10 +595,10 @@ def train_tokenizer(texts, vocab_size):
 
 
 def pieces_to_keep(tokenizer, texts=None):
-    """The tokeniser's ids, ascending, that these texts, or others in their scripts, can need.
+    """The tokeniser's ids, ascending, that these texts use, and what spells any other.
 
-    Pad, end, unknown, what the texts use, bytes, and the scripts' single characters, which spell
-    what is cut; no texts = all; never mT5's sentinels: what has no row cannot be emitted.
+    That is pad, end, unknown, bytes, and all single characters; no texts = all; never mT5's
+    sentinels: what has no row cannot be emitted.
     """
     # pieces by their strings, sentinels apart
     usable = {}
@@ -610,22 +609,10 @@ def pieces_to_keep(tokenizer, texts=None):
         return sorted(usable.values())
     keep = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
     keep = keep.union(*tokenizer([normalise(text) for text in texts]).input_ids)
-    characters = set("".join(map(normalise, texts)))
-    scripts = {script_of(character) for character in characters}
-    # what spells any other text in these scripts
     for piece, piece_id in usable.items():
-        bare = piece.removeprefix("▁")
-        spells = len(bare) == 1 and script_of(bare) in scripts
-        if not bare or spells or re.fullmatch("<0x..>", piece):
+        if len(piece.removeprefix("▁")) <= 1 or re.fullmatch("<0x..>", piece):
             keep.add(piece_id)
     return sorted(keep.intersection(usable.values()))
-
-
-def script_of(character):
-    """LATIN, CJK, ... for letters; the block of 256 code points for digits, punctuation, signs."""
-    if character.isalpha():
-        return unicodedata.name(character, "?").split()[0]
-    return ord(character) >> 8
 
 
 # ------------------------------------------------------------------------------- mT5, three ways

@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 import signal
@@ -54,15 +53,15 @@ from config_lite import (
     set_instead,
 )
 from datasets_lite import (
-    PARTS,
     DataError,
-    LengthBatchSampler,
     SignLanguageDataset,
     load_dataset_file,
+    longest_first,
     make_demo_corpus,
     naming,
     normalise,
     pad_poses,
+    plan_epoch,
     read_clip,
 )
 from models_lite import SignLanguageLite, find_best, make_codec, mt5_folder
@@ -80,6 +79,8 @@ EVAL_BATCH = 16  # clips per forward pass of an evaluation, at least
 FREE_FIELDS = "output_dir resume_from auto_resume num_workers device log_interval val_interval "
 FREE_FIELDS += "use_tensorboard log_dir gradient_checkpointing on_bad_clip data_dir"
 # The fields of Run that last.pt keeps beside weights, optimiser and schedule.
+STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+STOP_SIGNALS |= {getattr(signal, "SIGUSR1", signal.SIGTERM)}  # Slurm's, before the time is up
 KEPT = "epoch batch step skipped bad_in_a_row meter history"
 
 
@@ -139,8 +140,6 @@ class Run:
 
     # what it works with
     data: Any = None  # {"train": SignLanguageDataset, "dev": ...}
-    loader: Any = None  # of train, by length
-    dev_loader: Any = None  # longest clips first
     model: Any = None
     net: Any = None  # the model, or DistributedDataParallel around it
     optimizer: Any = None  # AdamW
@@ -159,7 +158,7 @@ class Run:
 
     # of the step that is under way
     window: Counter = field(default_factory=Counter)  # sums over its micro-batches
-    clips: list = field(default_factory=list)  # their names
+    clips: list = field(default_factory=list)  # (whether its loss was finite, name)
     last_loss: float = math.nan  # of the last step, per token
     saved_at: float = field(default_factory=time.monotonic)  # seconds
     signals: Any = None  # Signals, while the loop runs
@@ -169,6 +168,11 @@ class Run:
         """The configuration, and what else decides whether a run may be gone on with."""
         others = {"inference": asdict(self.inference), "labels": self.labels}
         return asdict(self.config) | others | {"processes": self.place.world}
+
+    @property
+    def clips_per_step(self):
+        """Of all processes together; 32 at least, says the review."""
+        return self.config.batch_size * self.config.gradient_accumulation * self.place.world
 
     @property
     def validated(self):
@@ -265,9 +269,11 @@ def evaluate(model, data_loader, inference, place=None, signals=None):
     nll = []
     tokens = 0
     correct = 0
-    plan = data_loader.batch_sampler.plan()
-    bar = tqdm(plan, dataset.phase, unit=" batches", disable=None, leave=False)
-    for (_, clips, _), (src_input, tgt_input) in zip(bar, data_loader):
+    wrong_glosses = 0
+    glosses = 0
+    batches = data_loader.batch_sampler
+    bar = tqdm(batches, dataset.phase, unit=" batches", disable=None, leave=False)
+    for clips, (src_input, tgt_input) in zip(bar, data_loader):
         if signals and signals.number:
             raise Stopped(signals.number)
         with on_device(src_input, place) as src_input, place.autocast():
@@ -277,21 +283,19 @@ def evaluate(model, data_loader, inference, place=None, signals=None):
         nll.append(output.nll.item() * output.num_tokens)
         tokens += output.num_tokens
         correct += output.num_correct
-        gloss = output.gloss or [None] * len(texts)
-        sentences = tgt_input["gt_sentence"]
-        rows += zip(clips, src_input["names"], sentences, texts, gloss, tgt_input["gt_gloss"])
-    # batches came by length: back to the order of the label file
-    rows.sort(key=lambda row: row[0])
+        rows += zip(clips, src_input["names"], tgt_input["gt_sentence"], texts)
+        # read where the model has a CTC head and the clip has glosses
+        for found, wanted in zip(output.gloss or [], tgt_input["gt_gloss"]):
+            if wanted:
+                wrong_glosses += edit_distance(found, wanted)
+                glosses += len(wanted)
+    rows.sort()  # batches came by length: back to the order of the label file
+    *_, references, predictions = zip(*rows)
     metrics = {"dev_loss": math.fsum(nll) / tokens, "dev_accuracy": 100 * correct / tokens}
-    predictions = [row[3] for row in rows]
-    references = [row[2] for row in rows]
     metrics |= scores_and_baselines(predictions, references, dataset.config.language)
-    # glosses are read where the model has a CTC head and the clip has glosses
-    signed = [(row[4], row[5]) for row in rows if row[4] is not None and row[5]]
-    if signed:
-        wrong = sum(edit_distance(found, wanted) for found, wanted in signed)
-        metrics["gloss_wer"] = 100 * wrong / sum(len(wanted) for _, wanted in signed)
-    return metrics, [row[:4] for row in rows]
+    if glosses:
+        metrics["gloss_wer"] = 100 * wrong_glosses / glosses
+    return metrics, rows
 
 
 def compute_metrics(predictions, references, language="zh"):
@@ -348,8 +352,7 @@ def train(config, inference, args=None):
         config.output_dir = str(run.folder)
         run.data = load_data(config, place)
         run.model = build_model(config, run.data, state).to(place.device)
-        # batches of like length; a window of them is one optimiser step
-        steps_per_epoch = make_loaders(run)
+        steps_per_epoch = math.ceil(len(run.data["train"]) / run.clips_per_step)
         run.total_steps = config.max_steps or config.epochs * steps_per_epoch
         run.optimizer, run.scheduler = make_optimizer(
             run.model, config, run.total_steps, steps_per_epoch
@@ -379,13 +382,9 @@ def train(config, inference, args=None):
                         if last:
                             after_step(run)
                     # the epoch or the budget is at its end
-                    finished = run.step >= run.total_steps
-                    due = finished or (run.epoch + 1) % config.val_interval == 0
+                    due = run.step >= run.total_steps or run.epoch % config.val_interval == 0
                     if due and not run.validated:
                         validate(run)
-                    if run.batch >= len(run.loader.batch_sampler):
-                        run.epoch += 1
-                        run.batch = 0
                     save_last(run)
             except Stopped as stopped:
                 stopped_by = stopped.args[0]
@@ -420,9 +419,7 @@ def find_place(config):
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if rank:
-        # said once, not once a process; at the system's level, so that libraries are silent, too
-        sys.stdout.flush()
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # said once, not once a process
     torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32
     if world > 1 and not dist.is_initialized():
         # hours: the others wait while the first reads a large corpus
@@ -550,6 +547,12 @@ def load_data(config, place):
         data[split] = SignLanguageDataset(Path(config.data_dir, f"labels.{split}"), config, split)
     if not place.rank:
         place.gather()
+    batches = math.ceil(len(data["train"]) / config.batch_size)  # of all processes together
+    if place.world > batches:
+        raise ConfigError(
+            f"{place.world} processes for {batches} batches of {config.batch_size} clips: start "
+            "fewer, or lower batch_size"
+        )
     return data
 
 
@@ -581,49 +584,26 @@ def made_of(model, data):
     """What a resumed run must find again; the clips, by name and contents, in the data's order."""
     clips = []
     for dataset in data.values():
-        for entry, report in zip(dataset.entries, dataset.reports):
-            clips.append((entry["name"], report.digest))
+        clips += [(entry["name"], entry["report"].digest) for entry in dataset.entries]
     return {"pieces": model.codec.pieces(), "glosses": model.glosses, "clips": clips}
 
 
-def make_loaders(run):
-    """Give the run its two loaders -> optimiser steps in an epoch."""
-    config = run.config
-    train_data = run.data["train"]
-    batches = math.ceil(len(train_data) / config.batch_size)  # of all processes together
-    if run.place.world > batches:
-        raise ConfigError(
-            f"{run.place.world} processes for {batches} batches of {config.batch_size} clips: "
-            "start fewer, or lower batch_size"
-        )
-    accumulation = config.gradient_accumulation
-    run.loader = make_loader(train_data, config.batch_size, run.place, True, accumulation)
-    alone = Place(device=run.place.device)  # the first process scores all of dev
-    run.dev_loader = make_loader(run.data["dev"], max(config.batch_size, EVAL_BATCH), alone)
-    return math.ceil(len(train_data) / run.loader.batch_sampler.window)
+def make_loader(dataset, batches=None):
+    """A DataLoader over these batches; none given: all, longest clips first, as for evaluation.
 
-
-def make_loader(dataset, batch_size, place=None, shuffle=False, accumulation=1):
-    """A DataLoader over batches of like length; loading and tokenising happen in its processes."""
-    place = place or Place()
+    Loading and tokenising happen in its processes.
+    """
     config = dataset.config
-    sampler = LengthBatchSampler(
-        dataset.lengths,
-        batch_size,
-        shuffle,
-        config.seed,
-        accumulation,
-        place.rank,
-        place.world,
-    )
+    if batches is None:
+        batches = longest_first(dataset.lengths, max(config.batch_size, EVAL_BATCH))
     return DataLoader(
         dataset,
-        batch_sampler=sampler,
+        batch_sampler=batches,
         collate_fn=dataset.collate_fn,
         num_workers=config.num_workers,
         worker_init_fn=leave_signals_to_main,
         generator=torch.Generator(),  # its own, so that loading draws nothing from torch's
-        pin_memory=place.device.type == "cuda",
+        pin_memory=config.device != "cpu" and torch.cuda.is_available(),
     )
 
 
@@ -682,7 +662,7 @@ def print_plan(run):
     config = run.config
     place = run.place
     codec = run.model.codec
-    window = run.loader.batch_sampler.window  # clips in an optimiser step
+    window = run.clips_per_step
     dev_texts = [entry["text"] for entry in run.data["dev"].entries]
     # all that decides the run, so that a log alone tells what it was
     print("configuration: " + ", ".join(f"{k} {v!r}" for k, v in asdict(config).items()))
@@ -717,32 +697,30 @@ def rest_of_epoch(run):
     count only keeps this process in step with the others.
     """
     # order and speeds follow from seed and epoch: an interrupted epoch is the same again
-    sampler = run.loader.batch_sampler
-    sampler.epoch = run.epoch
-    sampler.lengths = run.data["train"].begin_epoch(run.epoch)
-    sampler.start = run.batch
-    plan = sampler.plan()
+    data = run.data["train"]
+    data.begin_epoch(run.epoch)
+    plan = plan_epoch(data.lengths, run.config, run.epoch, run.place.rank, run.place.world)
+    rest = plan[run.batch :]
     run.net.train()
-    if run.step >= run.total_steps:
-        return
     with run.timed("waited"):
-        batches = iter(run.loader)  # starts the loading processes
-    for number, _, counts in plan[run.batch :]:
+        batches = iter(make_loader(data, [clips for _, clips, _ in rest]))  # starts its processes
+    for number, _, counts in rest:
+        if run.step >= run.total_steps:
+            return
         with run.timed("waited"):
             src_input, tgt_input = next(batches)
         run.batch += 1
         window_full = run.batch % run.config.gradient_accumulation == 0
         last = window_full or run.batch == len(plan)  # an epoch's last window may be short
         yield number, counts, src_input, tgt_input, last
-        if run.step >= run.total_steps:
-            return
+    run.epoch += 1
+    run.batch = 0
 
 
 def micro_batch(run, number, counts, src_input, tgt_input, last):
     """Forward and backward, the loss summed over tokens; processes exchange at the last."""
     # from seed, epoch and number alone: a resumed run, or more processes, draw the same dropout
-    seeds = np.random.SeedSequence([run.config.seed, run.epoch, number])
-    torch.manual_seed(int(seeds.generate_state(1)[0]))
+    torch.manual_seed(hash((run.config.seed, run.epoch, number)))  # of ints: always the same
     # gradients travel once a window, not once a batch
     exchange_later = run.place.world > 1 and not last
     silent = run.net.no_sync() if exchange_later else nullcontext()
@@ -761,7 +739,7 @@ def micro_batch(run, number, counts, src_input, tgt_input, last):
     tokens = output.num_tokens  # targets, padding apart
     loss = output.loss.item()
     names = src_input["names"]
-    run.clips.append((math.isfinite(loss), names))
+    run.clips += [(math.isfinite(loss), name) for name in names]
     run.window.update(
         tokens=tokens,
         loss=loss * tokens,
@@ -798,12 +776,10 @@ def optimiser_step(run):
         run.optimizer.zero_grad(set_to_none=True)  # a step without gradients changes nothing
         run.skipped += 1
         run.bad_in_a_row += 1
-        # where a loss was not finite, its clips; else all
-        finite = all(fine for fine, _ in run.clips)
-        names = [name for fine, batch in run.clips for name in batch if finite or not fine]
+        names = [name for _, name in sorted(run.clips)]  # those of a loss that is not finite first
         print(
             f"warning: step {run.step + 1} is skipped: its loss or gradient (norm {norm:.3g}) is "
-            f"not finite; {run.skipped} so far; clips: {', '.join(names[:32])}",
+            f"not finite; {run.skipped} so far; clips, likely ones first: {', '.join(names[:32])}",
             file=sys.stderr,
         )
     # the schedule moves with every step, skipped or not
@@ -878,7 +854,9 @@ def validate(run):
     if run.place.rank == 0:  # the others wait
         # several processes stop at an optimiser step, together
         signals = run.signals if run.place.world == 1 else None
-        scored = [evaluate(run.model, run.dev_loader, run.inference, run.place, signals)]
+        scored = [
+            evaluate(run.model, make_loader(run.data["dev"]), run.inference, run.place, signals)
+        ]
     scores, rows = run.place.gather(scored)[0]
     # of training since the last validation
     sums = run.meter
@@ -929,8 +907,8 @@ def print_validation(run, metrics, rows):
 
 
 def shown_epoch(run):
-    """Counted from 1; 0 = before training."""
-    return run.epoch + 1 if run.step else 0
+    """The one under way, or the last whole one, counted from 1; 0 = before training."""
+    return run.epoch + (run.batch > 0)
 
 
 def report(run, part, row):
@@ -949,7 +927,7 @@ class Signals:
     number = 0
 
     def __enter__(self):
-        numbers = stop_signals()
+        numbers = STOP_SIGNALS
         if threading.current_thread() is not threading.main_thread():
             numbers = []  # Python lets the main thread alone set handlers
         self.before = {number: signal.signal(number, self.catch) for number in numbers}
@@ -972,15 +950,8 @@ class Signals:
 def leave_signals_to_main(_):
     """In a loading process: a signal to the whole group (Ctrl-C, Slurm) is the main process's."""
     # were it to die, the main process would fail before it could write last.pt
-    for number in stop_signals():
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-
-
-def stop_signals():
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if os.name == "posix":
-        numbers.append(signal.SIGUSR1)  # Slurm's, before the time is up
-    return numbers
 
 
 # ------------------------------------------------------------------------------- after the loop
@@ -1205,7 +1176,7 @@ def check_command(config, inference, args):
             dataset = SignLanguageDataset(path, config, split, problems)
             if len(dataset):
                 data[split] = dataset
-        except (DataError, pickle.UnpicklingError) as error:
+        except DataError as error:
             problems.append(str(error))
     # pieces are counted by the vocabulary that training would have
     codec = None
@@ -1253,50 +1224,46 @@ def spread(counts):
 
 def describe_poses(split, dataset, warnings):
     """-> two lines on a split's clips; what deserves a second look goes to warnings."""
-    reports = dataset.reports
-    count = len(reports)
+    reports = [entry["report"] for entry in dataset.entries]
     limit = dataset.config.max_length
-    frames = np.array([report.frames for report in reports])
-    total = frames.sum()
+    # a row a figure of ClipReport, a column a clip
+    figures = np.array([report[:7] for report in reports]).T
+    frames, body, left, right, no_hand, not_finite, pixels = figures
     over = 100 * (frames > limit).mean()
-    # shares of all joints of all frames
-    unseen = np.sum([report.unseen for report in reports], axis=0)
-    body, left, right = 100 * unseen / total / [len(joints) for joints in PARTS.values()]
-    no_hand = 100 * sum(report.no_hand for report in reports) / total
-    pixels = sum(report.in_pixels for report in reports)
     if over > 5:
         enough = math.ceil(np.percentile(frames, 97))
         warnings.append(
             f"{over:.0f} % of {split}'s clips exceed max_length {limit}: --max_length {enough} "
             "covers 97 %"
         )
-    if no_hand > 50 or max(left, right) == 100:
+    if no_hand.mean() > 50 or left.min() == 100 or right.min() == 100:
         warnings.append(
-            f"{split}: no hand in {no_hand:.0f} % of the frames; left not seen in {left:.0f} %, "
-            f"right in {right:.0f} %: does the detector give hands?"
+            f"{split}: no hand in {no_hand.mean():.0f} % of the frames; left not seen in "
+            f"{left.mean():.0f} %, right in {right.mean():.0f} %: does the detector give hands?"
         )
-    if 0 < pixels < count:
+    if 0 < pixels.mean() < 1:
         warnings.append(
-            f"{split}: {pixels} of {count} clips are in pixels, the others in 0..1: keep to one"
+            f"{split}: {pixels.sum():.0f} of {len(reports)} clips are in pixels, the others in "
+            "0..1: keep to one"
         )
-    names = [entry["name"] for entry in dataset.entries]
     # in logarithms: three times as long as usual, and beyond the usual spread
     away = np.abs(np.log(np.maximum(frames, 1)) - np.log(np.median(frames)))
-    far = max(math.log(3), 8 * np.median(away))
+    far = away > max(math.log(3), 8 * np.median(away))
     odd = {}  # what looks wrong -> in which clips
-    for name, report, distance in zip(names, reports, away):
-        looks = list(report.odd)
-        if distance > far:
+    for entry, unlike in zip(dataset.entries, far):
+        looks = list(entry["report"].odd)
+        if unlike:
             looks.append("a length unlike the others': is the frame rate the same, is it cut?")
         for text in looks:
-            odd.setdefault(text, []).append(name)
+            odd.setdefault(text, []).append(entry["name"])
     for text, clips in odd.items():
         warnings.append(f"{split}: {len(clips)} clips, first {clips[0]}: {text}")
     return [
-        f"{split}: {count} clips, frames {spread(frames)}, {over:.1f} % over max_length {limit}; "
-        f"{pixels} in pixels",
-        f"  not seen: body {body:.1f} %, left hand {left:.1f} %, right hand {right:.1f} %; no hand "
-        f"in {no_hand:.1f} % of the frames; {sum(r.not_finite for r in reports)} joints not finite",
+        f"{split}: {len(reports)} clips, frames {spread(frames)}, {over:.1f} % over max_length "
+        f"{limit}; {pixels.sum():.0f} in pixels",
+        f"  not seen: body {body.mean():.1f} %, left hand {left.mean():.1f} %, right hand "
+        f"{right.mean():.1f} %; no hand in {no_hand.mean():.1f} % of the frames; "
+        f"{not_finite.sum():.0f} joints not finite",
     ]
 
 
@@ -1330,17 +1297,12 @@ def evaluate_command(config, inference, args):
     if place.rank:  # one process scores and writes
         return 0
     model = SignLanguageLite.from_pretrained(folder).to(place.device)
-    # position tables hold so many
-    longest = model.config.max_length
-    if config.max_length > longest:
-        raise ConfigError(f"max_length is {config.max_length}, the model takes {longest}")
     config.output_dir = ""  # evaluating leaves no cache behind
     path = Path(config.data_dir, f"labels.{args.split}")
     dataset = SignLanguageDataset(path, config, "evaluated")
     dataset.encode = model.codec.encode  # labels, for the loss
     print("\n".join(data_report({args.split: dataset}, model.codec)), file=sys.stderr)
-    loader = make_loader(dataset, max(config.batch_size, EVAL_BATCH), Place(device=place.device))
-    metrics, rows = evaluate(model, loader, inference, place)
+    metrics, rows = evaluate(model, make_loader(dataset), inference, place)
     print_scores(metrics, rows, config.language)
     out = Path(args.run, f"predictions_{args.split}.txt")
     try:
@@ -1354,8 +1316,9 @@ def evaluate_command(config, inference, args):
 
 def print_scores(metrics, rows, language):
     """A metric a line, exact match first, and a warning where the poses are not read."""
-    references = comparable([row[2] for row in rows], language)
-    predictions = comparable([row[3] for row in rows], language)
+    *_, references, predictions = zip(*rows)
+    references = comparable(references, language)
+    predictions = comparable(predictions, language)
     with_interval = intervals(predictions, references, language)  # of two metrics
     if not metrics["bleu4"]:  # no reference has four tokens: sacrebleu's smoothing tells nothing
         del with_interval["bleu4"]
@@ -1378,7 +1341,7 @@ def translate_command(config, inference, args):
     for path in args.clips:
         try:
             pose = read_clip(path, model.config)
-        except (DataError, pickle.UnpicklingError, OSError) as error:
+        except (DataError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             exit_code = 1
             continue
@@ -1498,10 +1461,7 @@ def main(argv=None):
                 print(set_instead(config), file=sys.stderr)
             return COMMANDS[command](config, inference, args)
         finally:
-            sys.stdout.flush()  # here, where a reader that has gone is noticed, and not at exit
-    except BrokenPipeError:  # `| head`: end quietly, as SIGPIPE would
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 128 + 13
+            sys.stdout.flush()  # here, where a reader that has gone (`| head`) is noticed
     except ModuleNotFoundError as error:  # use_tensorboard
         print(f"error: {error}, an optional package: pip install {error.name}", file=sys.stderr)
         return 1
@@ -1512,7 +1472,7 @@ def main(argv=None):
         name = type(error.obj).__name__
         print(f"error: config_lite.py: {name} has no field {error.name!r}", file=sys.stderr)
         return 1
-    except (ConfigError, DataError, RunError, pickle.UnpicklingError, OSError) as error:
+    except (ConfigError, DataError, RunError, OSError) as error:
         # a loading process's error comes with its traceback, which is of no use to the user
         text = re.sub(r"(?s)^Caught .*\n\S*(DataError|Refused): ", "", str(error))
         print("error:", text.strip(), file=sys.stderr)

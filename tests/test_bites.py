@@ -30,7 +30,14 @@ from conftest import (
     write_labels,
     write_pose,
 )
-from test_train import command, copied_parameters, run_of, train_epoch
+from test_train import (
+    command,
+    copied_parameters,
+    epoch_plan,
+    evaluation_loader,
+    run_of,
+    train_epoch,
+)
 
 import datasets_lite
 import train_lite
@@ -39,13 +46,13 @@ from datasets_lite import (
     BODY,
     ClipReport,
     DataError,
-    LengthBatchSampler,
     SignLanguageDataset,
     augment_clip,
     load_dataset_file,
     load_part_kp,
     load_pose_file,
     make_demo_corpus,
+    plan_epoch,
     read_clip,
     sample_frames,
 )
@@ -315,7 +322,7 @@ def test_a_step_s_gradient_is_that_of_the_mean_over_its_tokens(clips, limit):
     """Seen before the optimiser: AdamW forgives a gradient of the wrong scale."""
     model = without_dropout(scratch_model(clips, ctc_weight=0.5))
     run = run_of(model, clips, batch_size=4, gradient_accumulation=3, max_grad_norm=limit)
-    window = sum((batch for _, batch, _ in run.loader.batch_sampler.plan()[:3]), [])
+    window = sum((batch for _, batch, _ in epoch_plan(run)[:3]), [])
     loss = model(*batch_of(clips, window)).loss
     names, parameters = zip(*model.named_parameters())
     wanted = dict(zip(names, torch.autograd.grad(loss, parameters)))
@@ -392,7 +399,8 @@ def test_processes_number_their_batches_as_one_process_does():
 def plans_of(lengths, accumulation, world):
     plans = []
     for rank in range(world):
-        plans.append(LengthBatchSampler(lengths, 4, True, 0, accumulation, rank, world).plan())
+        config = TrainConfig(batch_size=4, gradient_accumulation=accumulation)
+        plans.append(plan_epoch(lengths, config, 0, rank, world))
     return plans
 
 
@@ -410,7 +418,7 @@ def test_dropout_follows_from_seed_epoch_and_number(clips):
 
 def test_loading_draws_nothing_from_torch(clips):
     before = torch.get_rng_state()
-    loader = train_lite.make_loader(clips, 16, shuffle=True)
+    loader = evaluation_loader(clips, 16)
     assert len(list(loader)) == 3
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -583,7 +591,7 @@ def test_validation_saves_best_where_it_is_the_best_and_writes_every_line(
 
 
 def test_a_signal_ends_an_evaluation(clips):
-    loader = train_lite.make_loader(clips, 16)
+    loader = evaluation_loader(clips, 16)
     signals = SimpleNamespace(number=signal.SIGTERM)
     with pytest.raises(train_lite.Stopped) as stopped:
         train_lite.evaluate(scratch_model(clips), loader, InferenceConfig(), signals=signals)
@@ -591,7 +599,7 @@ def test_a_signal_ends_an_evaluation(clips):
 
 
 def test_loading_processes_leave_signals_to_the_main_one(clips, monkeypatch):
-    loader = train_lite.make_loader(clips, 16)
+    loader = evaluation_loader(clips, 16)
     set_to = {}
     monkeypatch.setattr(signal, "signal", set_to.__setitem__)
     loader.worker_init_fn(0)
@@ -932,7 +940,7 @@ def test_an_evaluation_by_hand(tmp_path):
     found = {"a": ["我", "书"], "b": ["你", "书", "我", "他"], "c": ["水"]}
     model = Scripted({"a": "我买书", "b": "你", "c": "他"}, found, nll=[1.0, 4.0])
     inference = InferenceConfig(**DECODING)
-    metrics, rows = train_lite.evaluate(model, train_lite.make_loader(dataset, 2), inference)
+    metrics, rows = train_lite.evaluate(model, evaluation_loader(dataset, 2), inference)
     assert metrics["gloss_wer"] == pytest.approx(100 * (1 + 3) / 5)
     assert metrics["dev_loss"] == pytest.approx((10 * 1.0 + 5 * 4.0) / 15)
     assert metrics["dev_accuracy"] == pytest.approx(100 * 4 / 15)
@@ -1136,17 +1144,23 @@ def test_speeds_are_drawn_by_clip_epoch_and_seed_evenly_between_slower_and_faste
     label = write_corpus(tmp_path, {"a": random_clip(4), "b": random_clip(4)})
     dataset = SignLanguageDataset(label, scratch_config(augment=True), "train")
     dataset.config.max_length = 10**6
-    dataset.reports = [ClipReport(10_000)] * 2
-    draws = np.array([dataset.begin_epoch(epoch) for epoch in range(1500)]) / 10_000
+    for labelled in dataset.entries:
+        labelled["report"] = ClipReport(10_000)
+
+    def lengths(epoch):
+        dataset.begin_epoch(epoch)
+        return dataset.lengths
+
+    draws = np.array([lengths(epoch) for epoch in range(1500)]) / 10_000
     assert 0.8 <= draws.min() < 0.802
     assert 1.248 < draws.max() <= 1.25
     assert abs(np.log(draws).mean()) < 0.006, "as often faster as slower"
     assert (draws[:, 0] != draws[:, 1]).mean() > 0.99
     dataset.phase = "dev"
-    assert (dataset.begin_epoch(0) == 10_000).all()
+    assert (lengths(0) == 10_000).all()
     dataset.phase = "train"
     dataset.config.seed += 1
-    assert (dataset.begin_epoch(0) != 10_000 * draws[0]).any()
+    assert (lengths(0) != 10_000 * draws[0]).any()
 
 
 def test_augmentation_tilts_stretches_and_blurs_as_much_as_it_says():

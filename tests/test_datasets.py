@@ -30,20 +30,22 @@ from conftest import (
 )
 
 import datasets_lite
+from config_lite import TrainConfig
 from datasets_lite import (
     BODY,
     LEFT,
     RIGHT,
     THRESHOLD,
     DataError,
-    LengthBatchSampler,
     SignLanguageDataset,
     augment_clip,
     crop_scale,
     load_dataset_file,
     load_part_kp,
     load_pose_file,
+    longest_first,
     make_demo_corpus,
+    plan_epoch,
     read_clip,
 )
 
@@ -1470,8 +1472,7 @@ def test_a_clip_with_few_usable_frames_never_stops_a_run_later(tmp_path, phase, 
     label = write_corpus(tmp_path, {"a": (keypoints, scores)})
     sampled = SignLanguageDataset(label, scratch_config(max_length=8, augment=augment), phase)
     whole = SignLanguageDataset(label, scratch_config(augment=augment, ctc_weight=0.5), phase)
-    positions = datasets_lite.ctc_positions(whole.entries[0]["gloss"])
-    needed = whole.config.temporal_stride * positions
+    needed = datasets_lite.ctc_frames(whole.entries[0]["gloss"], whole.config.temporal_stride)
     for epoch in range(30):
         whole.begin_epoch(epoch)
         assert len(body_of(whole, 0)) >= needed, f"epoch {epoch}: too few frames for CTC"
@@ -1552,7 +1553,7 @@ LENGTHS = np.random.default_rng(0).integers(20, 300, 203)
 
 
 def counted_clips(plan):
-    """The clips of a sampler's plan, without batches that only fill up a process's share."""
+    """The clips of a plan, without batches that only fill up a process's share."""
     clips = []
     for _, batch, counts in plan:
         if counts:
@@ -1560,21 +1561,20 @@ def counted_clips(plan):
     return clips
 
 
-@pytest.mark.parametrize("shuffle", [True, False])
+def plan_of(size, seed=0, accumulation=1, epoch=0, rank=0, world=1):
+    config = TrainConfig(batch_size=size, gradient_accumulation=accumulation, seed=seed)
+    return plan_epoch(LENGTHS, config, epoch, rank, world)
+
+
 @pytest.mark.parametrize(
     "size, accumulation, world",
-    [(32, 1, 1), (2, 16, 1), (16, 1, 2), (3, 5, 2), (500, 1, 1), (7, 2, 3)],
+    [(32, 1, 1), (2, 16, 1), (16, 1, 2), (3, 5, 2), (500, 1, 1), (7, 2, 3), (29, 1, 1)],
 )
-def test_every_clip_comes_exactly_once_an_epoch(size, accumulation, world, shuffle):
+def test_every_clip_comes_exactly_once_an_epoch(size, accumulation, world):
     clips = []
     batches = []
     for rank in range(world):
-        sampler = LengthBatchSampler(LENGTHS, size, shuffle, 3, accumulation, rank, world)
-        sampler.epoch = 2
-        plan = sampler.plan()
-        assert len(list(sampler)) == len(plan) == len(sampler), (
-            f"{len(list(sampler))} batches, len() says {len(sampler)}"
-        )
+        plan = plan_of(size, 3, accumulation, 2, rank, world)
         clips += counted_clips(plan)
         batches.append(len(plan))
         assert all(1 <= len(batch) <= size for _, batch, _ in plan)
@@ -1588,9 +1588,7 @@ def test_every_clip_comes_exactly_once_an_epoch(size, accumulation, world, shuff
 
 def test_the_order_follows_from_seed_and_epoch_alone():
     def order(seed, epoch):
-        sampler = LengthBatchSampler(LENGTHS, 8, True, seed)
-        sampler.epoch = epoch
-        return list(sampler)
+        return plan_of(8, seed, epoch=epoch)
 
     assert order(1, 0) == order(1, 0)
     assert order(1, 0) != order(1, 1)
@@ -1601,9 +1599,7 @@ def steps(size, accumulation, world, epoch=0):
     """The clips of each optimiser step, of all processes together."""
     plans = []
     for rank in range(world):
-        sampler = LengthBatchSampler(LENGTHS, size, True, 5, accumulation, rank, world)
-        sampler.epoch = epoch
-        plans.append(sampler.plan())
+        plans.append(plan_of(size, 5, accumulation, epoch, rank, world))
     clips_by_step = []
     for begin in range(0, len(plans[0]), accumulation):
         clips = []
@@ -1625,13 +1621,6 @@ def test_a_step_s_clips_do_not_depend_on_how_the_window_is_divided(size, accumul
         assert [len(step) for step in whole] == [32] * 6 + [203 - 6 * 32]
 
 
-def test_an_interrupted_epoch_goes_on_with_the_batch_that_is_next():
-    sampler = LengthBatchSampler(LENGTHS, 8, True, 1)
-    whole = list(sampler)
-    sampler.start = 5
-    assert list(sampler) == whole[5:]
-
-
 def test_batches_of_like_length_waste_less_than_random_ones():
     def padding(batches):
         """The share of a batch's frames that are no clip's."""
@@ -1640,12 +1629,13 @@ def test_batches_of_like_length_waste_less_than_random_ones():
 
     order = np.random.default_rng(1).permutation(len(LENGTHS))
     random = padding([order[i : i + 8] for i in range(0, len(order), 8)])
-    by_length = padding(list(LengthBatchSampler(LENGTHS, 8, True, 1)))
+    by_length = padding([clips for _, clips, _ in plan_of(8, 1)])
     assert by_length < random / 2, f"{by_length:.0%} padding, {random:.0%} in random batches"
 
 
 def test_evaluation_begins_with_the_longest_clips():
-    batches = list(LengthBatchSampler(LENGTHS, 8, False))
+    batches = longest_first(LENGTHS, 8)
+    assert sorted(sum(batches, [])) == list(range(len(LENGTHS)))
     assert LENGTHS[batches[0]].max() == LENGTHS.max(), (
         "memory fails in the first batch, not in the last"
     )

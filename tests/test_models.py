@@ -29,7 +29,7 @@ from datasets_lite import (
     BODY,
     DataError,
     SignLanguageDataset,
-    ctc_positions,
+    ctc_frames,
     load_dataset_file,
 )
 from models_lite import (
@@ -869,7 +869,8 @@ def test_ctc_without_a_single_gloss_in_the_batch_adds_nothing(clips):
 def test_as_many_positions_as_the_data_set_asks_for_are_enough_for_ctc(clips, gloss, needs):
     """n glosses need n positions, and one more between equal neighbours; fewer cost infinity."""
     model = scratch_model(clips, ctc_weight=0.5, temporal_stride=1).train()
-    assert ctc_positions(gloss) == needs
+    assert ctc_frames(gloss, 1) == needs
+    assert ctc_frames(gloss, 2) == 2 * needs - 1, "the last position may hold one frame"
 
     def loss(frames):
         return model(random_poses(frames), {"gt_sentence": ["我"], "gt_gloss": [gloss]}).loss

@@ -77,7 +77,7 @@ def reference(config, folder):
     model = SignLanguageLite.from_pretrained(folder / "best")
     data = common.load_split(config, "test")
     data.encode = model.codec.encode
-    loader = train_lite.make_loader(data, train_lite.EVAL_BATCH)
+    loader = train_lite.make_loader(data)
     test, _ = train_lite.evaluate(model, loader, InferenceConfig())
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return {"curve": [json.loads(line) for line in lines], "test": test}

@@ -50,9 +50,10 @@ from datasets_lite import (
     JOINTS,
     LEFT,
     RIGHT,
-    LengthBatchSampler,
     SignLanguageDataset,
+    longest_first,
     make_demo_corpus,
+    plan_epoch,
     read_clip,
 )
 
@@ -272,8 +273,9 @@ class Bench:
             order = np.random.default_rng(0).permutation(len(lengths))
             batches = [order[i : i + size].tolist() for i in range(0, len(order), size)]
         else:
-            accumulation = self.config.gradient_accumulation if shuffle else 1
-            batches = list(LengthBatchSampler(lengths, size, shuffle, 0, accumulation))
+            config = replace(self.config, batch_size=size)
+            plan = plan_epoch(lengths, config, 0)
+            batches = [clips for _, clips, _ in plan] if shuffle else longest_first(lengths, size)
         full = [batch for batch in batches if len(batch) == size]
         full.sort(key=lambda batch: -lengths[batch].mean())
         return [full[int((i + 0.5) * len(full) / count)] for i in range(count)]
@@ -579,7 +581,8 @@ def training(folder, turns, quick):
 
 def padding_row(lengths, size):
     """Batches of this size: sorted by length as in training, and drawn at random."""
-    by_length = list(LengthBatchSampler(lengths, size, True, 0, CLIPS_PER_STEP // size))
+    config = TrainConfig(batch_size=size, gradient_accumulation=CLIPS_PER_STEP // size)
+    by_length = [clips for _, clips, _ in plan_epoch(lengths, config, 0)]
     order = np.random.default_rng(0).permutation(len(lengths))
     at_random = np.array_split(order, -(-len(lengths) // size))
     return [str(size), padded_share(lengths, by_length), padded_share(lengths, at_random)]
