@@ -200,8 +200,10 @@ def make_entry(path, key, entry):
         found = reprlib.repr(text)
         raise DataError(f"{where} has no text (found {found}); give it one or remove the entry")
     # words in a list, or in one text with spaces; none = gloss-free
-    gloss = entry.get("gloss") or []
-    if isinstance(gloss, str):
+    gloss = entry.get("gloss")
+    if gloss is None:
+        gloss = []
+    elif isinstance(gloss, str):
         gloss = gloss.split()
     elif isinstance(gloss, Stored):
         gloss = np.asarray(gloss).tolist()

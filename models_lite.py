@@ -217,8 +217,9 @@ class SignLanguageLite(nn.Module):
             "all": self,
         }
         for title, part in parts.items():
-            total = sum(p.numel() for p in part.parameters())
-            trainable = sum(p.numel() for p in part.parameters() if p.requires_grad)
+            parameters = list(part.parameters())
+            total = sum(p.numel() for p in parameters)
+            trainable = sum(p.numel() for p in parameters if p.requires_grad)
             print(f"  {title:14} {total:>13,} parameters, {trainable:>13,} trainable")
 
     def encode_pose(self, src_input):
@@ -395,20 +396,20 @@ class SignLanguageLite(nn.Module):
         row_of = {piece: row for row, piece in enumerate(other.codec.pieces())}
         rows = torch.tensor([row_of.get(piece, -1) for piece in self.codec.pieces()])
         known = rows >= 0
-        other_glosses = []
-        if other.glosses != self.glosses:  # the same shape, perhaps, but other classes
-            other_glosses = ["gloss_head.weight", "gloss_head.bias"]
+        fitting = {}
         anew = []
-        for name, value in self.state_dict().items():
+        for name, value in self.state_to_save().items():
             given = source.get(name)
-            if "embed_tokens" in name:  # the shared table again
-                continue
             if name in TABLES and given.shape[1] == value.shape[1]:
-                value[known] = given[rows[known]].to(value.device)
-            elif given is None or given.shape != value.shape or name in other_glosses:
+                fitting[name] = value.clone()
+                fitting[name][known] = given[rows[known]]
+            elif given is None or given.shape != value.shape:
                 anew.append(name)
+            elif "gloss_head" in name and other.glosses != self.glosses:
+                anew.append(name)  # of the same shape, but other classes
             else:
-                value.copy_(given)
+                fitting[name] = given
+        self.load_state_dict(fitting, strict=False)
         print(
             f"weights from {folder}: {int(known.sum())} of {len(self.codec)} pieces known; "
             f"begun anew: {', '.join(anew) or 'nothing'}"

@@ -78,7 +78,7 @@ EVAL_BATCH = 16  # clips per forward pass of an evaluation, at least
 # In these fields a run may differ from the last.pt it goes on from: they do not shape the result.
 FREE_FIELDS = "output_dir resume_from auto_resume num_workers device log_interval val_interval "
 FREE_FIELDS += "use_tensorboard log_dir gradient_checkpointing on_bad_clip data_dir"
-# The fields of Run that last.pt keeps beside weights, optimiser and schedule.
+# The fields of Run that last.pt keeps beside weights and optimiser.
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 STOP_SIGNALS |= {getattr(signal, "SIGUSR1", signal.SIGTERM)}  # Slurm's, before the time is up
 KEPT = "epoch batch step skipped bad_in_a_row meter history"
@@ -245,7 +245,6 @@ def save_checkpoint(path, run):
         "made_of": made_of(run.model, run.data),
         "model": run.model.state_to_save(),
         "optimizer": run.optimizer.state_dict(),
-        "scheduler": run.scheduler.state_dict(),
         "finished": finished,
     }
     write_whole(path, lambda aside: torch.save(state, aside))
@@ -355,7 +354,7 @@ def train(config, inference, args=None):
         steps_per_epoch = math.ceil(len(run.data["train"]) / run.clips_per_step)
         run.total_steps = config.max_steps or config.epochs * steps_per_epoch
         run.optimizer, run.scheduler = make_optimizer(
-            run.model, config, run.total_steps, steps_per_epoch
+            run.model, config, run.total_steps, steps_per_epoch, state
         )
         if state:
             restore(run, state)
@@ -466,6 +465,8 @@ def agree_on_folder(run):
 
 def choose_folder(config, description):
     """-> (the run's folder, its last.pt or None). Another run is never written over."""
+    name = "demo" if isinstance(config, DemoConfig) else Path(config.data_dir).resolve().name
+    base = Path(config.output_dir or f"checkpoints/{name}")
     resumed = None
     # --resume: that run, in its own folder or copied into another
     if config.resume_from:
@@ -475,11 +476,8 @@ def choose_folder(config, description):
             raise ConfigError(
                 f"resume_from {resumed}: that run was configured otherwise ({changed})"
             )
-        folder = Path(config.output_dir or resumed.parent)
-        if folder.resolve() == resumed.resolve().parent:
-            return folder, resumed
-    name = "demo" if isinstance(config, DemoConfig) else Path(config.data_dir).resolve().name
-    base = Path(config.output_dir or f"checkpoints/{name}")
+        if not config.output_dir or base.resolve() == resumed.resolve().parent:
+            return resumed.parent, resumed
     folder = base
     number = 1
     # the first folder that is free, or whose run this one goes on with
@@ -508,15 +506,15 @@ def holds_a_run(folder):
 
 def differences(saved, now):
     """What differs between two runs' descriptions and shapes the result: `field: old -> new`."""
-    names = set(now) - set(FREE_FIELDS.split()) - {"epochs", "max_steps"}
-    changed = [name for name in sorted(names) if saved.get(name) != now[name]]
+    changed = {name for name in now if saved.get(name) != now[name]}
+    changed -= {*FREE_FIELDS.split(), "epochs", "max_steps"}
     # the budget may grow, but neither shrink nor change from epochs to steps
     in_steps = bool(now["max_steps"])
     was_in_steps = bool(saved.get("max_steps"))
     budget = "max_steps" if in_steps or was_in_steps else "epochs"
     if in_steps != was_in_steps or now[budget] < saved.get(budget, 0):
-        changed.append(budget)
-    return "; ".join(f"{name}: {saved.get(name)!r} -> {now[name]!r}" for name in changed)
+        changed.add(budget)
+    return "; ".join(f"{name}: {saved.get(name)!r} -> {now[name]!r}" for name in sorted(changed))
 
 
 @contextmanager
@@ -607,8 +605,11 @@ def make_loader(dataset, batches=None):
     )
 
 
-def make_optimizer(model, config, total_steps, steps_per_epoch):
-    """AdamW, no decay on norms and biases; per step: linear warm-up, then a cosine to min_lr."""
+def make_optimizer(model, config, total_steps, steps_per_epoch, state=None):
+    """AdamW, no decay on norms and biases; per step: linear warm-up, then a cosine to min_lr.
+
+    state: what last.pt holds, to go on from; the schedule is that of the budget asked for now.
+    """
     trainable = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trainable if p.ndim > 1]
     vectors = [p for p in trainable if p.ndim <= 1]
@@ -617,23 +618,25 @@ def make_optimizer(model, config, total_steps, steps_per_epoch):
         {"params": vectors, "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, config.learning_rate, fused=True)
+    step = 0
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
     # a short run must not be all warm-up
     longest = total_steps // 10 if config.max_steps else total_steps // 2
     warmup = min(round(config.warmup_epochs * steps_per_epoch), longest)
     # of transformers' two cosines to a minimum, the one whose first step is not lost at rate zero
-    return optimizer, cosine_schedule(optimizer, warmup, total_steps, min_lr=config.min_lr)
+    scheduler = cosine_schedule(
+        optimizer, warmup, total_steps, last_epoch=step - 1, min_lr=config.min_lr
+    )
+    return optimizer, scheduler
 
 
 def restore(run, state):
-    """Put a run where last.pt left it; the schedule is that of the budget asked for now.
+    """Put a run where last.pt left it.
 
     In a folder without a best/, as after --resume from elsewhere, dev is scored anew first.
     """
-    # moments and steps; then the rate, as the schedule of today's budget has it here
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.scheduler.load_state_dict(state["scheduler"])
-    for group, factor in zip(run.optimizer.param_groups, run.scheduler.lr_lambdas):
-        group["lr"] = run.config.learning_rate * factor(run.scheduler.last_epoch)
     for name in KEPT.split():
         setattr(run, name, state[name])
     if not list(run.folder.glob("best*")):

@@ -624,7 +624,7 @@ def test_every_length_up_to_max_length_works_and_a_longer_one_is_refused_by_name
     for frames in (1, 2, max_length - 1, max_length):
         assert embed(model, random_poses(frames)).shape[1] == math.ceil(frames / stride)
     with pytest.raises(
-        ValueError, match=f"a clip has {max_length + 1} frames, more than max_length"
+        ValueError, match=f"a clip has {max_length + 1} frames, more than the model"
     ):
         embed(model, random_poses(max_length + 1))
 
