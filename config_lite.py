@@ -108,6 +108,10 @@ class TrainConfig:
     mirror: float = option(
         0.5, "share of augmented clips with left and right exchanged; 0 = off", most=1
     )
+    # a sign is learnt apart from the clip that it came in: the strongest help where takes are few
+    join: float = option(
+        0.5, "share of augmented clips to which another is joined; 0 = off", most=1
+    )
     on_bad_clip: Literal["error", "skip"] = option("error", "stop at bad clips, or leave them out")
 
     # --- model ---

@@ -34,6 +34,8 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from config_lite import NO_SPACES
+
 try:
     import resource
 except ImportError:  # Windows
@@ -330,8 +332,16 @@ class SignLanguageDataset(Dataset):
         return len(self.entries)
 
     def __getitem__(self, index):
-        entry = self.entries[index]
-        return entry["name"], self._load_pose(index), entry["text"], entry["gloss"]
+        clips = [index, *self.partners[index]]
+        entries = [self.entries[clip] for clip in clips]
+        poses = [self._load_pose(clip) for clip in clips]
+        joined = {}
+        for part in PARTS:
+            joined[part] = torch.cat([pose[part] for pose in poses])  # (T, V, 3)
+        between = "" if self.config.language in NO_SPACES else " "
+        text = between.join(entry["text"] for entry in entries)
+        gloss = sum((entry["gloss"] for entry in entries), [])
+        return entries[0]["name"], joined, text, gloss
 
     def _load_pose(self, index):
         rng = None
@@ -343,19 +353,30 @@ class SignLanguageDataset(Dataset):
         return read_clip(entry["path"], self.config, rng, self.frames[index])
 
     def begin_epoch(self, epoch):
-        """Draw each clip's speed for the epoch; lengths: frames, by which batches are sorted."""
+        """Draw each clip's speed, and which clips are joined; lengths: frames, for the batches."""
         self.epoch = epoch
         self.frames = np.array([entry["report"].frames for entry in self.entries])
-        if self.phase == "train" and self.config.augment:
-            rng = np.random.default_rng([self.config.seed, epoch])
-            # as often faster as slower: uniform in the logarithm
-            factors = np.exp(rng.uniform(np.log(0.8), np.log(1.25), len(self)))
-            # not shorter than CTC can bear, where the clip was not
-            stride = self.config.temporal_stride
-            need = [ctc_frames(entry["gloss"], stride) for entry in self.entries]
-            least = np.maximum(4, np.minimum(need, self.frames))
-            self.frames = np.maximum(least, np.round(self.frames * factors).astype(int))
-        self.lengths = np.minimum(self.frames, self.config.max_length)
+        self.partners = [()] * len(self)  # the clip that is played after this one, if any
+        limit = self.config.max_length
+        self.lengths = np.minimum(self.frames, limit)
+        if self.phase != "train" or not self.config.augment:
+            return
+        rng = np.random.default_rng([self.config.seed, epoch])
+        # as often faster as slower: uniform in the logarithm
+        factors = np.exp(rng.uniform(np.log(0.8), np.log(1.25), len(self)))
+        # not shorter than CTC can bear, where the clip was not
+        stride = self.config.temporal_stride
+        need = np.array([ctc_frames(entry["gloss"], stride) for entry in self.entries])
+        least = np.maximum(4, np.minimum(need, self.frames))
+        self.frames = np.maximum(least, np.round(self.frames * factors).astype(int))
+        self.lengths = np.minimum(self.frames, limit)
+        # sentences that nobody signed: a sign must be found wherever it stands
+        for index, other in enumerate(rng.permutation(len(self)).tolist()):
+            both = self.frames[index] + self.frames[other]
+            fits = need[index] + need[other] + 2 * stride <= both <= limit
+            if fits and rng.random() < self.config.join:
+                self.partners[index] = (other,)
+                self.lengths[index] = both
 
     def collate_fn(self, batch):
         """Items -> (src_input, tgt_input); attention_mask (B, T): 1 = real frame, 0 = padding."""
