@@ -364,17 +364,12 @@ class SignLanguageDataset(Dataset):
         rng = np.random.default_rng([self.config.seed, epoch])
         # as often faster as slower: uniform in the logarithm
         factors = np.exp(rng.uniform(np.log(0.8), np.log(1.25), len(self)))
-        # not shorter than CTC can bear, where the clip was not
-        stride = self.config.temporal_stride
-        need = np.array([ctc_frames(entry["gloss"], stride) for entry in self.entries])
-        least = np.maximum(4, np.minimum(need, self.frames))
-        self.frames = np.maximum(least, np.round(self.frames * factors).astype(int))
+        self.frames = np.maximum(4, np.round(self.frames * factors).astype(int))
         self.lengths = np.minimum(self.frames, limit)
         # sentences that nobody signed: a sign must be found wherever it stands
         for index, other in enumerate(rng.permutation(len(self)).tolist()):
             both = self.frames[index] + self.frames[other]
-            fits = need[index] + need[other] + 2 * stride <= both <= limit
-            if fits and rng.random() < self.config.join:
+            if both <= limit and rng.random() < self.config.join:
                 self.partners[index] = (other,)
                 self.lengths[index] = both
 
@@ -430,25 +425,12 @@ class SignLanguageDataset(Dataset):
             sound = {key: reports[key] for key in keys if not reports[key].problem}
             cache.write_text(json.dumps(sound), encoding="utf-8")
 
-    def _problem(self, entry):
-        """Why a clip cannot be used, or ""."""
-        report = entry["report"]
-        frames = min(report.frames, self.config.max_length)
-        need = ctc_frames(entry["gloss"], self.config.temporal_stride)
-        by_ctc = self.phase == "train" and self.config.ctc_weight
-        if report.problem or not by_ctc or frames >= need:
-            return report.problem
-        return (
-            f"it has {frames} frames, CTC on its glosses needs {need}: remove it, or "
-            "--temporal_stride 1, or --ctc_weight 0"
-        )
-
     def _drop_bad(self, bad, problems):
         """Leave out what is bad, or refuse the set, as on_bad_clip says; problems takes names."""
         usable = []
         count = len(bad) + len(self.entries)
         for entry in self.entries:
-            problem = self._problem(entry)
+            problem = entry["report"].problem
             if problem:
                 bad.append(f"{entry['name']}: {problem}")
             else:
@@ -530,12 +512,6 @@ def oddities(keypoints, scores):
     if both.mean() > 0.5 and (own > other).mean() > 0.8:
         odd.append("each wrist beside the other shoulder: are left and right exchanged?")
     return odd
-
-
-def ctc_frames(gloss, stride):
-    """Frames that CTC needs: a position for each gloss, one more between equal neighbours."""
-    positions = len(gloss) + sum(a == b for a, b in zip(gloss, gloss[1:]))
-    return stride * (positions - 1) + 1
 
 
 def file_key(path):

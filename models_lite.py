@@ -337,7 +337,7 @@ class SignLanguageLite(nn.Module):
     def _ctc_loss(self, scores, mask, src_input, tgt_input):
         """scores (B, T', classes) -> negative log-likelihood, summed over clips with glosses.
 
-        Infinite where a clip has fewer positions than its glosses need: the data set refuses it.
+        A clip with fewer positions than its glosses need adds nothing; `check` counts such clips.
         """
         classes = {gloss: i for i, gloss in enumerate(self.glosses, 2)}
         rows = []
@@ -356,6 +356,7 @@ class SignLanguageLite(nn.Module):
             lengths.new_tensor([len(target) for target in targets]),
             blank=BLANK,
             reduction="sum",
+            zero_infinity=True,
         )
 
     def _read_gloss(self, scores, mask):

@@ -1253,8 +1253,11 @@ def describe_poses(split, dataset, warnings):
     away = np.abs(np.log(np.maximum(frames, 1)) - np.log(np.median(frames)))
     far = away > max(math.log(3), 8 * np.median(away))
     odd = {}  # what looks wrong -> in which clips
-    for entry, unlike in zip(dataset.entries, far):
+    stride = dataset.config.temporal_stride
+    for entry, unlike, count in zip(dataset.entries, far, frames):
         looks = list(entry["report"].odd)
+        if stride * len(entry["gloss"]) > min(count, limit):
+            looks.append("more glosses than positions: CTC passes over it; --temporal_stride 1?")
         if unlike:
             looks.append("a length unlike the others': is the frame rate the same, is it cut?")
         for text in looks:

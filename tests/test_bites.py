@@ -1007,8 +1007,10 @@ def test_a_clip_is_counted_by_hand(tmp_path):
 def split_of(reports, texts, max_length=20):
     entries = []
     for number, (report, text) in enumerate(zip(reports, texts)):
-        entries.append({"name": f"c{number}", "text": text, "report": report})
-    return SimpleNamespace(entries=entries, config=SimpleNamespace(max_length=max_length))
+        gloss = ["a"] * int(text[0])  # as many as the first digit says
+        entries.append({"name": f"c{number}", "text": text, "gloss": gloss, "report": report})
+    config = SimpleNamespace(max_length=max_length, temporal_stride=2)
+    return SimpleNamespace(entries=entries, config=config)
 
 
 def test_the_figures_of_check_by_hand():
@@ -1151,7 +1153,7 @@ def test_clips_epochs_and_seeds_draw_augmentation_each_for_themselves(tmp_path):
 
 def test_speeds_are_drawn_by_clip_epoch_and_seed_evenly_between_slower_and_faster(tmp_path):
     label = write_corpus(tmp_path, {"a": random_clip(4), "b": random_clip(4)})
-    dataset = SignLanguageDataset(label, scratch_config(augment=True), "train")
+    dataset = SignLanguageDataset(label, scratch_config(augment=True, join=0.0), "train")
     dataset.config.max_length = 10**6
     for labelled in dataset.entries:
         labelled["report"] = ClipReport(10_000)

@@ -1471,11 +1471,7 @@ def test_a_clip_with_few_usable_frames_never_stops_a_run_later(tmp_path, phase, 
     scores[18:] = 0  # the body is seen in one frame of 40
     label = write_corpus(tmp_path, {"a": (keypoints, scores)})
     sampled = SignLanguageDataset(label, scratch_config(max_length=8, augment=augment), phase)
-    whole = SignLanguageDataset(label, scratch_config(augment=augment, ctc_weight=0.5), phase)
-    needed = datasets_lite.ctc_frames(whole.entries[0]["gloss"], whole.config.temporal_stride)
     for epoch in range(30):
-        whole.begin_epoch(epoch)
-        assert len(body_of(whole, 0)) >= needed, f"epoch {epoch}: too few frames for CTC"
         sampled.begin_epoch(epoch)
         assert body_of(sampled, 0).any(), f"epoch {epoch}"
 
@@ -2163,23 +2159,50 @@ def test_a_demo_that_is_interrupted_leaves_no_half_corpus(tmp_path, monkeypatch)
     assert make_demo_corpus(tmp_path / "demo", 0, SMALL).is_dir(), "the next try works"
 
 
-def test_augmentation_never_makes_a_clip_too_short_for_its_glosses(tmp_path):
-    """Else CTC would stop a run at whatever epoch draws a fast one."""
-    label = write_corpus(tmp_path, {"a": random_clip(10)})
-    dataset = SignLanguageDataset(label, scratch_config(augment=True, ctc_weight=0.5), "train")
-    dataset.entries[0]["gloss"] = [
-        "今天",
-        "我",
-        "书",
-        "买",
-        "不",
-    ]  # five, at a stride of 2: 9 frames
-    frames = []
-    for epoch in range(100):
+@pytest.mark.parametrize("language, text", [("zh", "我买书你看花"), ("en", "我买书 你看花")])
+def test_joined_clips_are_one_after_another_with_their_texts_and_glosses(tmp_path, language, text):
+    write_corpus(tmp_path, {"a": random_clip(20), "b": random_clip(30)})
+    texts = {"a": entry("a", "我买书", ["我", "书"]), "b": entry("b", "你看花", ["你", "花"])}
+    label = write_labels(tmp_path / "labels.train", texts)
+    config = scratch_config(augment=True, join=1.0, mirror=0.0, language=language)
+    dataset = SignLanguageDataset(label, config, "train")
+    found = set()
+    for epoch in range(10):
         dataset.begin_epoch(epoch)
-        frames.append(dataset.lengths[0])
-    assert min(frames) == 9, f"{min(frames)} to {max(frames)} frames"
-    assert max(frames) > 10, f"{min(frames)} to {max(frames)} frames"
+        name, pose, joined_text, gloss = dataset[0]
+        assert name == "a"
+        assert len(pose["body"]) == len(pose["left"]) == dataset.lengths[0]
+        found.add(joined_text)
+        if joined_text == text:
+            assert gloss == ["我", "书", "你", "花"]
+            config.join = 0.0
+            dataset.begin_epoch(epoch)
+            alone = torch.cat([dataset[0][1]["right"], dataset[1][1]["right"]])
+            assert torch.equal(pose["right"], alone), "the same clips, one behind the other"
+            config.join = 1.0
+    assert len(found) == 2, "itself, or the other"
+    assert dataset.entries[0]["gloss"] == ["我", "书"], "the labels stay as they are"
+
+
+def test_clips_are_joined_in_augmented_training_alone_and_never_beyond_max_length(tmp_path):
+    label = write_corpus(tmp_path, {f"c{i}": random_clip(20 + i) for i in range(20)})
+
+    def joined(phase="train", **options):
+        dataset = SignLanguageDataset(label, scratch_config(**options), phase)
+        return [len(partner) for partner in dataset.partners]
+
+    assert sum(joined(augment=True, join=1.0)) == 20
+    assert 3 <= sum(joined(augment=True, join=0.5)) <= 17
+    for options in ({"augment": True, "join": 0.0}, {"augment": False}):
+        assert sum(joined(**options)) == 0
+    assert sum(joined("dev", augment=True, join=1.0)) == 0
+    dataset = SignLanguageDataset(
+        label, scratch_config(augment=True, join=1.0, max_length=60), "train"
+    )
+    assert max(dataset.lengths) <= 60
+    assert 0 < sum(len(partner) for partner in dataset.partners) < 20
+    for index, length in enumerate(dataset.lengths):
+        assert len(body_of(dataset, index)) == length
 
 
 def test_an_epochs_lengths_are_those_of_its_augmented_clips(demo):
