@@ -202,7 +202,7 @@ class InferenceConfig:
         64, "longest output, in pieces; at most 5/4 of the longest training text", least=1
     )
     length_penalty: float = option(
-        1.0, "above 0 favours longer outputs; read with beams only", least=-math.inf
+        1.0, "above 0 favours longer outputs; read with beams only", least=-10, most=10
     )
     no_repeat_ngram_size: int = option(
         0, "forbid repeated n-grams of pieces; 0 = off: sentences do repeat"

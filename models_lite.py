@@ -147,8 +147,8 @@ class SignLanguageLite(nn.Module):
         self.mt5_model = build_mt5(config, self.codec, saved)
         d_model = self.mt5_model.config.d_model
         facts = saved or training_facts(config, self.codec, texts, glosses)
-        self.longest_text = facts["longest_text"]
-        self.glosses = facts["glosses"]
+        self.longest_text = int(facts["longest_text"])
+        self.glosses = sorted(facts["glosses"])
 
         # poses: from joints to mT5's input
         body = nn.Linear(5 * len(BODY), d_model)
@@ -380,13 +380,20 @@ class SignLanguageLite(nn.Module):
 
     def load_saved(self, state):
         """Load what `state_to_save` gave. DataError where names or shapes differ."""
-        own = {name: value.shape for name, value in self.state_to_save().items()}
+        self.compare(state)
+        # strict would miss the stacks' names of the shared table
+        self.load_state_dict(state, strict=False)
+
+    def compare(self, state):
+        """Raise DataError where these weights' names or shapes are not the model's."""
         given = {name: value.shape for name, value in state.items()}
+        own = {}
+        for name, value in self.state_dict().items():
+            if "embed_tokens" not in name:
+                own[name] = value.shape
         wrong = [name for name in own | given if own.get(name) != given.get(name)]
         if wrong:
             raise DataError(f"the saved weights do not fit this configuration, first: {min(wrong)}")
-        # strict would miss the stacks' names of the shared table
-        self.load_state_dict(state, strict=False)
 
     def init_from(self, folder):
         """Start from another run: same-shaped layers are copied, shared pieces keep their rows."""
@@ -443,8 +450,16 @@ class SignLanguageLite(nn.Module):
             refuse_pointer(folder / "model.safetensors")
             content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             config = make_config(TrainConfig, content)
-            model = cls(config, saved=content["model"] | {"folder": folder})
-            model.load_saved(load_file(folder / "model.safetensors"))
+            saved = content["model"] | {"folder": folder}
+            weights = load_file(folder / "model.safetensors")
+            blocks = saved["mt5_config"]["num_layers"] + saved["mt5_config"]["num_decoder_layers"]
+            if blocks > len(weights):
+                raise DataError("config.json has more blocks than model.safetensors has weights")
+            # a sketch takes no memory: absurd sizes are found before they are made
+            with torch.device("meta"):
+                cls(config, saved=saved).compare(weights)
+            model = cls(config, saved=saved)
+            model.load_saved(weights)
         return model.eval()
 
 
@@ -578,7 +593,8 @@ def train_tokenizer(texts, vocab_size):
     """
     longer = min(vocab_size, sum(map(len, texts)) // 400)
     characters = set("".join(map(normalise, texts)))
-    with tempfile.TemporaryDirectory() as folder:
+    what = "could not be learnt; is the disk full?"
+    with naming("vocabulary", what, ConfigError), tempfile.TemporaryDirectory() as folder:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(texts),
             model_prefix=f"{folder}/spiece",
@@ -630,6 +646,11 @@ def build_mt5(config, codec, saved):
 
 
 def saved_mt5(codec, mt5_config):
+    # no key beyond these: some name code that a hub would give
+    known = MT5Config().to_dict()
+    mt5_config = {name: value for name, value in mt5_config.items() if name in known}
+    mt5_config |= {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
+    mt5_config["relative_attention_max_distance"] = 128  # of every mT5
     mt5 = untie(MT5ForConditionalGeneration(MT5Config(**mt5_config)))
     pieces = len(codec.tokenizer)
     need = max(codec.keep[-1] + 1, mt5.config.vocab_size)

@@ -496,7 +496,7 @@ def choose_folder(config, description):
                 )
             print(f"{folder} holds another run ({changed})")
         number += 1
-        folder = base.with_name(f"{base.name}-{number}")
+        folder = base.parent / f"{base.resolve().name}-{number}"
     return folder, resumed
 
 
@@ -521,7 +521,7 @@ def differences(saved, now):
 def lock_folder(folder):
     """Hold the folder, until this process ends at the latest. RunError where another does."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
+    with open(folder / ".lock", "a") as file:  # not emptied: it may be a link
         try:
             if fcntl:
                 # flock would live on in loading processes
@@ -785,9 +785,10 @@ def optimiser_step(run):
             f"not finite; {run.skipped} so far; clips, likely ones first: {', '.join(names[:32])}",
             file=sys.stderr,
         )
-    # the schedule moves with every step, skipped or not
+    # the schedule moves with every step, skipped or not, and beyond its end it would rise again
     run.optimizer.step()
-    run.scheduler.step()
+    if run.step + 1 < run.total_steps:
+        run.scheduler.step()
     run.optimizer.zero_grad(set_to_none=True)
     # what follows begins a new window
     run.step += 1
@@ -1437,8 +1438,15 @@ def parse(argv):
     kind = TrainConfig
     values = {}
     if command in ("evaluate", "translate"):
-        values = read_json(find_best(args.run) / "config.json")
-        values |= values.get("inference", {})
+        path = find_best(args.run) / "config.json"
+        with naming(path, "not a run's configuration"):
+            values = read_json(path)
+            values |= values["inference"]
+            # what another machine had says nothing of this one
+            for name in ("device", "num_workers"):
+                values.pop(name, None)
+            make_config(TrainConfig, values)
+            make_config(InferenceConfig, values)
     else:
         kind = choose_kind(given)
     if given.get("epochs") and "max_steps" not in given:

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from conftest import (
     batch_of,
     entry,
@@ -40,6 +41,7 @@ from test_train import (
 )
 
 import datasets_lite
+import models_lite
 import train_lite
 from config_lite import ConfigError, DemoConfig, InferenceConfig, ScratchConfig, TrainConfig
 from datasets_lite import (
@@ -1312,3 +1314,155 @@ def test_half_of_the_training_clips_are_mirrored_and_no_others(tmp_path):
     assert not any(mirrored(np.random.default_rng(i), augment=True, mirror=0.0) for i in range(9))
     assert not mirrored(None, augment=True), "evaluation reads clips as they are"
     assert not mirrored(np.random.default_rng(0), augment=False)
+
+
+# ------------------------------------------------------------ a run that somebody sent
+
+
+@pytest.fixture(scope="module")
+def sent(tmp_path_factory, clips):
+    """A run's folder, and what its config.json holds."""
+    folder = tmp_path_factory.mktemp("sent") / "run"
+    scratch_model(clips, ctc_weight=0.5).save_pretrained(folder / "best", inference={})
+    return folder, json.loads((folder / "best" / "config.json").read_text(encoding="utf-8"))
+
+
+def spoil(sent, path, value):
+    """The folder, with another value at this path of its configuration."""
+    folder, content = sent
+    content = copy.deepcopy(content)
+    place = content
+    *parents, last = path.split("/")
+    for name in parents:
+        place = place[name]
+    place[last] = value
+    (folder / "best" / "config.json").write_text(json.dumps(content))
+    return folder
+
+
+SIZES = ["d_model", "d_ff", "d_kv", "num_layers", "num_decoder_layers", "num_heads", "vocab_size"]
+
+
+@pytest.mark.parametrize("value", [10**9, 10**15, -1, "x", None, []], ids=repr)
+@pytest.mark.parametrize("name", [*SIZES, "relative_attention_num_buckets"])
+def test_sizes_that_are_not_the_weights_are_refused_before_memory_is_taken(sent, name, value):
+    folder = spoil(sent, f"model/mt5_config/{name}", value)
+    before = peak_memory()
+    with pytest.raises(DataError, match=str(folder / "best")):
+        SignLanguageLite.from_pretrained(folder)
+    assert peak_memory() < before + 0.5, "GB"
+
+
+def peak_memory():
+    return Place().peak_memory_gb()
+
+
+@pytest.mark.parametrize("value", [None, 5, "x", {}, [-1], ["a", 3], [10**9]], ids=repr)
+@pytest.mark.parametrize(
+    "path",
+    ["model", "model/mt5_config", "model/glosses", "model/longest_text", "batch_size", "language"],
+)
+def test_a_field_of_the_wrong_kind_names_the_folder(sent, path, value):
+    if (path, value) in (("model/longest_text", 5), ("batch_size", 5)):
+        pytest.skip("that is a good one")
+    folder = spoil(sent, path, value)
+    with pytest.raises(DataError, match=str(folder / "best")):
+        SignLanguageLite.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("attn_implementation", "someone/kernels"),
+        ("_attn_implementation", "someone/kernels"),
+        ("experts_implementation", "someone/kernels"),
+        ("auto_map", {"AutoConfig": "someone--code.Config"}),
+        ("decoder_start_token_id", 10**9),
+        ("pad_token_id", -5),
+        ("relative_attention_max_distance", -3),
+    ],
+)
+def test_what_could_load_code_or_lead_astray_is_dropped(sent, tmp_path, monkeypatch, name, value):
+    seen = []
+    original = transformers.MT5Config.__init__
+
+    def noted(self, *arguments, **options):
+        seen.append(options)
+        original(self, *arguments, **options)
+
+    monkeypatch.setattr(transformers.MT5Config, "__init__", noted)
+    folder = spoil(sent, f"model/mt5_config/{name}", value)
+    clip = write_pose(tmp_path / "clip.pkl", *random_clip(20))
+    assert command("translate", folder, clip) == 0
+    assert all(options.get(name) != value for options in seen)
+
+
+@pytest.mark.parametrize("path, value", [("inference", 5), ("inference", {"num_beams": "x"})])
+def test_a_sent_run_s_decoding_is_checked(sent, tmp_path, capsys, path, value):
+    folder = spoil(sent, path, value)
+    clip = write_pose(tmp_path / "clip.pkl", *random_clip(20))
+    assert command("translate", folder, clip) == 1
+    assert str(folder / "best" / "config.json") in capsys.readouterr().err
+
+
+def test_another_machine_s_processes_and_device_are_not_taken_over(sent):
+    for name, value in (("num_workers", 10**6), ("device", "cuda")):
+        folder = spoil(sent, name, value)
+        _, config, _, _ = train_lite.parse(["evaluate", str(folder)])
+        assert getattr(config, name) == getattr(TrainConfig(), name)
+    _, config, _, _ = train_lite.parse(["evaluate", str(folder), "--num_workers", "7"])
+    assert config.num_workers == 7
+
+
+# ------------------------------------------------------------ small ones
+
+
+def test_a_lock_that_is_a_link_empties_nothing(tmp_path):
+    target = tmp_path / "precious"
+    target.write_text("kept")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(target)
+    with train_lite.lock_folder(tmp_path / "run"):
+        assert target.read_text() == "kept"
+
+
+def test_the_working_folder_may_be_the_runs_folder(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "here" / "last.pt").touch()
+    config = TrainConfig(output_dir=".", auto_resume=False)
+    folder, last = train_lite.choose_folder(config, described())
+    assert last is None
+    assert folder.resolve() == tmp_path / "here" / "here-2"
+
+
+def test_a_number_of_6000_digits_is_no_label_file(tmp_path):
+    for content in (b"1" * 6000, b'{"a": ' + b"1" * 6000 + b"}", b"I" + b"1" * 6000 + b"\n."):
+        (tmp_path / "labels.train").write_bytes(content)
+        with pytest.raises(DataError, match="labels.train"):
+            load_dataset_file(tmp_path / "labels.train")
+
+
+@pytest.mark.parametrize("value", [1e308, -1e308, 11.0])
+def test_a_length_penalty_that_overflows_is_refused(value):
+    with pytest.raises(ConfigError, match="length_penalty.*a number from -10 to 10"):
+        InferenceConfig(length_penalty=value)
+
+
+def test_a_disk_that_fills_while_the_vocabulary_is_learnt_is_said(monkeypatch):
+    def full(**_):
+        raise RuntimeError("Internal: No space left on device")
+
+    monkeypatch.setattr(models_lite.sentencepiece.SentencePieceTrainer, "train", full)
+    with pytest.raises(ConfigError, match="vocabulary: could not be learnt; is the disk full"):
+        train_tokenizer(["书"], 10)
+
+
+def test_the_rate_ends_at_its_lowest(clips):
+    run = run_of(scratch_model(clips).train(), clips, batch_size=8)
+    rates = []
+    while run.step < run.total_steps:
+        train_epoch(run)
+        rates.append(run.scheduler.get_last_lr()[0])
+    assert run.step == 10
+    assert rates[-1] == pytest.approx(run.config.min_lr)
