@@ -55,6 +55,8 @@ class TrainConfig:
     # for pretrained weights; from scratch it is too low, see ScratchConfig
     learning_rate: float = option(2e-4, "peak rate of AdamW", most=1, aliases=["--lr"])
     weight_decay: float = option(0.01, "AdamW's decay; norms and biases are spared")
+    # from scratch it learns more from few takes (tests/RESULTS.md); with pretrained weights untried
+    muon: bool = option(False, "Muon in place of AdamW for the hidden matrices")
     max_grad_norm: float = option(1.0, "clip the gradient at this norm; 0 = off")
     seed: int = option(42, "of weights, order, augmentation and dropout", most=2**63 - 1)
 
@@ -223,6 +225,7 @@ class ScratchConfig(TrainConfig):
     # steps stay steps at a third of the data
     max_steps: int = 1500
     learning_rate: float = 1e-3
+    muon: bool = True
     # glosses are the strongest help that a small corpus has
     ctc_weight: float = 0.5
     augment: bool = True

@@ -315,7 +315,7 @@ def gradients_at_the_step(run):
             if parameter.grad is not None:
                 gradients[name] = parameter.grad.clone()
 
-    run.optimizer.register_step_pre_hook(note)
+    run.optimizers[0].register_step_pre_hook(note)
     return gradients
 
 
@@ -447,7 +447,7 @@ def test_a_loss_or_a_gradient_alone_that_is_not_finite_skips_the_step(clips, fau
     train_lite.optimiser_step(run)
     assert (run.skipped, run.bad_in_a_row, run.step) == (1, 1, 1)
     assert not run.meter, "it does not count in the averages"
-    assert run.scheduler.last_epoch == 1, "the schedule moves on"
+    assert run.schedulers[0].last_epoch == 1, "the schedule moves on"
     after = copied_parameters(run.model)
     assert all(torch.equal(after[name], before[name]) for name in before)
 
@@ -486,9 +486,9 @@ KEPT = ("epoch", "batch", "step", "skipped", "bad_in_a_row", "meter", "history")
 
 def test_a_resumed_run_stands_where_it_stood(clips, tmp_path):
     run = standing_run(clips, tmp_path)
-    run.optimizer.step()
+    run.optimizers[0].step()
     for _ in range(run.step):
-        run.scheduler.step()
+        run.schedulers[0].step()
     train_lite.save_last(run)
     (tmp_path / "best").mkdir()
     again = run_of(scratch_model(clips), clips)
@@ -496,15 +496,17 @@ def test_a_resumed_run_stands_where_it_stood(clips, tmp_path):
     # a larger budget: the rate is that of today's schedule
     budget = (again.config, 100, 2)
     state = train_lite.load_checkpoint(tmp_path / "last.pt")
-    again.optimizer, again.scheduler = train_lite.make_optimizer(again.model, *budget, state)
+    again.optimizers, again.schedulers = train_lite.make_optimizers(again.model, *budget, state)
     train_lite.restore(again, state)
     for name in KEPT:
         assert getattr(again, name) == getattr(run, name), name
-    optimizer, scheduler = train_lite.make_optimizer(scratch_model(clips), *budget)
-    optimizer.step()
-    for _ in range(run.step):
-        scheduler.step()
-    assert again.optimizer.param_groups[0]["lr"] == pytest.approx(scheduler.get_last_lr()[0])
+    optimizers, schedulers = train_lite.make_optimizers(scratch_model(clips), *budget)
+    for optimizer, scheduler in zip(optimizers, schedulers):
+        optimizer.step()
+        for _ in range(run.step):
+            scheduler.step()
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in again.optimizers]
+    assert rates == pytest.approx([scheduler.get_last_lr()[0] for scheduler in schedulers])
     (tmp_path / "best").rmdir()
     train_lite.restore(again, train_lite.load_checkpoint(tmp_path / "last.pt"))
     assert again.history == [], "dev is scored anew where there is no best/"
@@ -781,8 +783,9 @@ def test_warm_up_is_at_most_a_tenth_of_steps_or_half_of_epochs(clips):
         ({"epochs": 50, "warmup_epochs": 0.2}, 500, 1 / 2),
     ):
         config = TrainConfig(learning_rate=1e-3, **options)
-        optimizer, _ = train_lite.make_optimizer(model, config, total, steps_per_epoch=10)
-        assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * first), options
+        optimizers, _ = train_lite.make_optimizers(model, config, total, steps_per_epoch=10)
+        for optimizer in optimizers:
+            assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * first), options
 
 
 def test_a_device_that_is_not_there_is_refused(monkeypatch):
@@ -1363,9 +1366,10 @@ def peak_memory():
     ["model", "model/mt5_config", "model/glosses", "model/longest_text", "batch_size", "language"],
 )
 def test_a_field_of_the_wrong_kind_names_the_folder(sent, path, value):
-    if (path, value) in (("model/longest_text", 5), ("batch_size", 5)):
-        pytest.skip("that is a good one")
     folder = spoil(sent, path, value)
+    if value == 5 and path in ("model/longest_text", "batch_size"):
+        assert SignLanguageLite.from_pretrained(folder), "that is a good one"
+        return
     with pytest.raises(DataError, match=str(folder / "best")):
         SignLanguageLite.from_pretrained(folder)
 
@@ -1463,6 +1467,6 @@ def test_the_rate_ends_at_its_lowest(clips):
     rates = []
     while run.step < run.total_steps:
         train_epoch(run)
-        rates.append(run.scheduler.get_last_lr()[0])
+        rates.append(run.schedulers[-1].get_last_lr()[0])
     assert run.step == 10
     assert rates[-1] == pytest.approx(run.config.min_lr)

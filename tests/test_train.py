@@ -123,7 +123,7 @@ def run_of(model, dataset, **options):
     run.model = model
     run.net = model
     run.data = {"train": dataset}
-    run.optimizer, run.scheduler = train_lite.make_optimizer(model, config, 10, 2)
+    run.optimizers, run.schedulers = train_lite.make_optimizers(model, config, 10, 2)
     return run
 
 
@@ -293,7 +293,7 @@ def test_a_loss_worse_than_guessing_is_warned_of(clips, capsys):
 def test_schedule_warms_up_from_the_first_step_and_ends_at_min_lr(clips):
     """The original stepped it once an epoch: epoch 1 ran at the full rate before its warm-up."""
     config = TrainConfig(epochs=10, warmup_epochs=2, learning_rate=1e-3, min_lr=1e-5)
-    optimizer, scheduler = train_lite.make_optimizer(
+    (optimizer,), (scheduler,) = train_lite.make_optimizers(
         scratch_model(clips), config, total_steps=50, steps_per_epoch=5
     )
     rates = []
@@ -316,7 +316,7 @@ def test_the_loop_steps_the_schedule_at_every_optimiser_step(clips):
     def note_the_rate(optimizer, *_):
         rates.append(optimizer.param_groups[0]["lr"])
 
-    run.optimizer.register_step_pre_hook(note_the_rate)
+    run.optimizers[0].register_step_pre_hook(note_the_rate)
     train_epoch(run)
     assert len(rates) == 5
     assert rates == sorted(set(rates), reverse=True), rates
@@ -324,7 +324,7 @@ def test_the_loop_steps_the_schedule_at_every_optimiser_step(clips):
 
 def test_norms_and_biases_do_not_decay(clips):
     model = scratch_model(clips)
-    optimizer, _ = train_lite.make_optimizer(model, TrainConfig(), 10, 5)
+    (optimizer,), _ = train_lite.make_optimizers(model, TrainConfig(), 10, 5)
     decay = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -685,11 +685,15 @@ def test_last_pt_holds_plain_data_only(finished):
     } <= state.keys()
 
 
-def test_two_processes_train_like_one(demo, tmp_path):
-    """Two gloo processes and one with the same windows: parameters within 1e-5, metrics equal."""
+@pytest.mark.parametrize("muon, off", [("false", 1e-5), ("true", 1e-4)])
+def test_two_processes_train_like_one(demo, tmp_path, muon, off):
+    """Two gloo processes and one with the same windows: parameters within 1e-5, metrics equal.
+
+    torch's Muon rounds to bf16 on its way, so that a last bit counts for more.
+    """
     one, two = tmp_path / "one", tmp_path / "two"
     # without clipping, which would hide a gradient of the wrong scale
-    steps = [4, "--batch_size", 4, "--max_grad_norm", 0]
+    steps = [4, "--batch_size", 4, "--max_grad_norm", 0, "--muon", muon]
     assert tiny_run(demo, one, *steps, "--gradient_accumulation", 4) == 0
     flags = ["--data_dir", demo, "--output_dir", two, *TINY, *steps, "--gradient_accumulation", 2]
     done = subprocess.run(
@@ -707,12 +711,12 @@ def test_two_processes_train_like_one(demo, tmp_path):
         env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert_equal_parameters(one, two, 1e-5)
+    assert_equal_parameters(one, two, off)
     alone = read_jsonl(one / "metrics.jsonl")[-1]
     together = read_jsonl(two / "metrics.jsonl")[-1]
     for key in ("bleu4", "chrf", "exact_match", "dev_accuracy", "shuffled_bleu4", "unique_ratio"):
         assert alone[key] == together[key], key
-    assert alone["train_loss"] == pytest.approx(together["train_loss"], rel=1e-5), (
+    assert alone["train_loss"] == pytest.approx(together["train_loss"], rel=off), (
         "tokens of all processes"
     )
 

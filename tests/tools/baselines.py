@@ -6,6 +6,7 @@ the configuration and the run's folder, and gives {"curve": [scores of dev, ...]
 
 import math
 import unicodedata
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from datasets_lite import LEFT_WRIST, RIGHT_WRIST
 from models_lite import hand_features, part_features
-from train_lite import compute_metrics, make_optimizer
+from train_lite import compute_metrics, make_optimizers
 
 SPLITS = ("train", "dev", "test")
 
@@ -135,7 +136,8 @@ def gru(config, folder):
         loaders[split] = DataLoader(part, config.batch_size, shuffle, collate_fn=part.collate_fn)
     model = make_gru(data["train"], loaders["dev"], config.language)
     batches = len(loaders["train"])
-    optimizer, scheduler = make_optimizer(model, config, config.max_steps, batches)
+    config = replace(config, muon=False)  # its matrices are not those of an mT5
+    (optimizer,), (scheduler,) = make_optimizers(model, config, config.max_steps, batches)
     interval = max(1, config.max_steps // VALIDATIONS)
     curve = []
     for step, (src_input, tgt_input) in enumerate(endless(loaders["train"]), 1):

@@ -243,15 +243,15 @@ class Bench:
 
     def make_run(self):
         """What the product's steps work on."""
-        optimizer, scheduler = train_lite.make_optimizer(self.model, self.config, 1000, 100)
+        optimizers, schedulers = train_lite.make_optimizers(self.model, self.config, 1000, 100)
         return train_lite.Run(
             self.config,
             InferenceConfig(),
             self.place,
             model=self.model,
             net=self.model,
-            optimizer=optimizer,
-            scheduler=scheduler,
+            optimizers=optimizers,
+            schedulers=schedulers,
             data={"train": self.data, "dev": self.data},
         )
 
@@ -261,8 +261,9 @@ class Bench:
         with FlopCounterMode(display=False) as counter:
             self.forward_and_backward(0)
         self.flops = counter.get_total_flops()
-        self.run.optimizer.step()  # makes its state
-        self.run.optimizer.zero_grad()
+        for optimizer in self.run.optimizers:
+            optimizer.step()  # makes its state
+        self.model.zero_grad()
 
     # --- batches ---
 

@@ -214,11 +214,11 @@ def check_that_joints_are_lost(front_end, arguments):
 # ---------------------------------------------------------------------- faults of the steps
 
 
-@instead_of(train_lite, "make_optimizer")
-def warm_up_late(products_own, model, config, steps, epoch):
+@instead_of(train_lite, "make_optimizers")
+def warm_up_late(products_own, model, config, steps, epoch, state):
     """The original's schedule waits for an epoch at the full rate; only then warm-up begins."""
-    optimizer, scheduler = products_own(model, config, steps, epoch)
-    begins_low = scheduler.get_last_lr()[0] < config.learning_rate
+    optimizers, schedulers = products_own(model, config, steps, epoch, state)
+    begins_low = schedulers[0].get_last_lr()[0] < config.learning_rate
     prove(f"the first {epoch} steps run at the full rate", lambda: begins_low)
 
     def delay(factor):
@@ -229,30 +229,32 @@ def warm_up_late(products_own, model, config, steps, epoch):
 
         return delayed
 
-    scheduler.lr_lambdas = [delay(factor) for factor in scheduler.lr_lambdas]
-    for group in optimizer.param_groups:
-        group["lr"] = config.learning_rate
-    return optimizer, scheduler
+    for optimizer, scheduler in zip(optimizers, schedulers):
+        scheduler.lr_lambdas = [delay(factor) for factor in scheduler.lr_lambdas]
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate
+    return optimizers, schedulers
 
 
-@instead_of(train_lite, "make_optimizer")
-def leak_tail(products_own, model, config, steps, epoch):
+@instead_of(train_lite, "make_optimizers")
+def leak_tail(products_own, model, config, steps, epoch, state):
     """An epoch's last, short window is not stepped; its gradient goes into the next step."""
     clips = count_clips(config)
     window = config.batch_size * config.gradient_accumulation
     tail = clips % window
     if tail == 0:
         raise NotApplicable(f"{clips} clips leave no tail at {window} a step")
-    optimizer, scheduler = products_own(model, config, steps, epoch)
-    leak = TailLeak(config.max_grad_norm, epoch, tail / window)
-    optimizer.register_step_pre_hook(leak.before_step)
-    return optimizer, scheduler
+    optimizers, schedulers = products_own(model, config, steps, epoch, state)
+    leak = TailLeak(model, config.max_grad_norm, epoch, tail / window)
+    optimizers[0].register_step_pre_hook(leak.before_step)  # the first to step
+    return optimizers, schedulers
 
 
 class TailLeak:
     """Keeps the gradient of an epoch's last window for the step after it."""
 
-    def __init__(self, max_grad_norm, steps_per_epoch, share):
+    def __init__(self, model, max_grad_norm, steps_per_epoch, share):
+        self.model = model
         self.max_grad_norm = max_grad_norm or math.inf
         self.steps_per_epoch = steps_per_epoch
         self.share = share  # of a whole window
@@ -262,9 +264,7 @@ class TailLeak:
     def before_step(self, optimizer, arguments, options):
         self.steps += 1
         self.add_kept()
-        parameters = []
-        for group in optimizer.param_groups:
-            parameters += [p for p in group["params"] if p.grad is not None]
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
         nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
         if self.steps % self.steps_per_epoch == 0:
             self.keep(parameters)
