@@ -223,7 +223,7 @@ class ScratchConfig(TrainConfig):
     batch_size: int = 32
     gradient_accumulation: int = 1
     # steps stay steps at a third of the data
-    max_steps: int = 1500
+    max_steps: int = 500
     learning_rate: float = 1e-3
     muon: bool = True
     # glosses are the strongest help that a small corpus has
@@ -234,11 +234,10 @@ class ScratchConfig(TrainConfig):
 
 @dataclass(slots=True)
 class DemoConfig(ScratchConfig):
-    """The built-in corpus, in about two minutes on two cores."""
+    """The built-in corpus."""
 
     # written on first use
     data_dir: str = "data/demo"
-    max_steps: int = 500
 
 
 def make_config(kind, values):
