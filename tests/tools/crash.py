@@ -1,16 +1,18 @@
 """Kill a run at random moments until it is done, and compare it with one that nobody disturbed.
 
-    python tests/tools/crash.py [--kills 50] [--seed 0] [--steps 800]
+    python tests/tools/crash.py [--kills 50] [--seed 0] [--steps 800] [--processes 1]
 
 Each kill is a SIGKILL between 0 and 3 s after the run began to train (every third one waits for a
 file that is being written); then the same command goes on. At the end every parameter must be
 equal, bit for bit, last.pt and best/ must have been readable after every kill, and metrics.jsonl
-must tell the same story. About 10 minutes on 2 cores.
+must tell the same story. With more processes all are killed at once. About 10 minutes on 2 cores.
 """
 
 import argparse
 import json
+import os
 import random
+import socket
 import subprocess
 import sys
 import tempfile
@@ -46,32 +48,58 @@ def command(folder, name, steps):
     return words
 
 
-def run_to_its_end(arguments):
-    subprocess.run(arguments, check=True, stdout=subprocess.DEVNULL)
+def start(arguments, processes):
+    """The run's processes, as torchrun would start them; the first one's output is a pipe."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    started = []
+    for rank in range(processes):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        output = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
+        started.append(
+            subprocess.Popen(
+                arguments,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env=os.environ | place,
+            )
+        )
+    return started
 
 
-def kill_once(arguments, out, rng, on_write):
+def run_to_its_end(arguments, processes):
+    run = start(arguments, processes)
+    text = run[0].stdout.read()
+    codes = [process.wait() for process in run]
+    if any(codes):
+        raise SystemExit(f"the run failed:\n{text[-2000:]}")
+
+
+def kill_once(arguments, processes, out, rng, on_write):
     """Start the run, kill it after a random moment of training -> whether it was killed.
 
     It may be done before. on_write: wait for a file that is being written.
     """
-    with subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as run:
-        for line in run.stdout:
-            if line.startswith(("writing to", "resumed from")):
-                break
-        deadline = time.monotonic() + rng.uniform(0, 3)
-        while run.poll() is None:
-            now = time.monotonic()
-            if not on_write and now >= deadline:
-                break
-            if on_write and (is_writing(out) or now > deadline + LONGEST_WAIT):
-                break
-            time.sleep(0.0005)
-        run.kill()
-        run.stdout.read()
-        return run.wait() < 0
+    run = start(arguments, processes)
+    first = run[0]
+    for line in first.stdout:
+        if line.startswith(("writing to", "resumed from")):
+            break
+    deadline = time.monotonic() + rng.uniform(0, 3)
+    while first.poll() is None:
+        now = time.monotonic()
+        if not on_write and now >= deadline:
+            break
+        if on_write and (is_writing(out) or now > deadline + LONGEST_WAIT):
+            break
+        time.sleep(0.0005)
+    for process in run:
+        process.kill()
+    first.stdout.read()
+    return [process.wait() for process in run][0] < 0
 
 
 def is_writing(out):
@@ -107,7 +135,7 @@ def kill_again_and_again(folder, args):
     writes = 0
     for kill in range(args.kills):
         on_write = kill % 3 == 2
-        if not kill_once(arguments, out, rng, on_write):
+        if not kill_once(arguments, args.processes, out, rng, on_write):
             raise SystemExit(f"the run was done after {kill} kills: give more --steps")
         if is_writing(out):
             writes += 1
@@ -127,14 +155,15 @@ def main():
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--processes", type=int, default=1)
     args = parser.parse_args()
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_demo_corpus(folder / "corpus", seed=0, splits={"train": 40, "dev": 6, "test": 2})
-        run_to_its_end(command(folder, "whole", args.steps))
+        run_to_its_end(command(folder, "whole", args.steps), args.processes)
         writes = kill_again_and_again(folder, args)
-        run_to_its_end(command(folder, "killed", args.steps))
+        run_to_its_end(command(folder, "killed", args.steps), args.processes)
         whole = torch.load(folder / "whole" / "last.pt", weights_only=True)
         killed = torch.load(folder / "killed" / "last.pt", weights_only=True)
     unequal = 0
