@@ -53,8 +53,8 @@ class TrainConfig:
     epochs: int = option(50, "passes over the training data; read where max_steps is 0")
     max_steps: int = option(0, "optimiser steps; 0 = epochs decide")
     # for pretrained weights; from scratch it is too low, see ScratchConfig
-    learning_rate: float = option(2e-4, "peak rate of AdamW", most=1, aliases=["--lr"])
-    weight_decay: float = option(0.01, "AdamW's decay; norms and biases are spared")
+    learning_rate: float = option(2e-4, "peak rate of the optimisers", most=1, aliases=["--lr"])
+    weight_decay: float = option(0.01, "decoupled decay; norms and biases are spared")
     # from scratch it learns more from few takes (tests/RESULTS.md); with pretrained weights untried
     muon: bool = option(False, "Muon in place of AdamW for the hidden matrices")
     max_grad_norm: float = option(1.0, "clip the gradient at this norm; 0 = off")
@@ -102,7 +102,7 @@ class TrainConfig:
     max_text_length: int = option(
         64, "pieces a text at most; longer ones are cut and counted", least=1, most=2**16
     )
-    # it decides how BLEU cuts a text, nothing else
+    # it decides how BLEU cuts a text, and what stands between joined ones
     language: str = option("zh", "of the texts: by its ISO 639 code; zh is scored by character")
     # new every epoch; evaluation reads clips as they are
     augment: bool = option(False, "vary speed, tilt, aspect and noise of the training clips")

@@ -217,12 +217,15 @@ def make_entry(path, key, entry):
     pose = entry.get("pose") or entry.get("pose_path") or entry.get("video_path")
     pose = pose_name(pose or (name if VIDEO.search(name) else f"{name}.pkl"))
     # a label must not make the loader read any file of the machine
-    for path_within in (Path(pose), Path(name)):
-        if path_within.is_absolute() or ".." in path_within.parts:
-            raise DataError(f"{where}: {path_within} is a path out of pose_format: refused")
+    if leads_out(pose):
+        raise DataError(f"{where}: {pose} is a path out of pose_format: refused")
     # half a character fails here, not when the texts are tokenised
     "".join([name, pose, text, *gloss]).encode()
     return {"name": name, "text": text, "gloss": list(gloss), "pose": pose}
+
+
+def leads_out(name):
+    return Path(name).is_absolute() or ".." in Path(name).parts
 
 
 def first_five(lines):
@@ -341,7 +344,8 @@ class SignLanguageDataset(Dataset):
         between = "" if self.config.language in NO_SPACES else " "
         text = between.join(entry["text"] for entry in entries)
         gloss = sum((entry["gloss"] for entry in entries), [])
-        return entries[0]["name"], joined, text, gloss
+        name = " + ".join(entry["name"] for entry in entries)
+        return name, joined, text, gloss
 
     def _load_pose(self, index):
         rng = None
@@ -369,9 +373,18 @@ class SignLanguageDataset(Dataset):
         # sentences that nobody signed: a sign must be found wherever it stands
         for index, other in enumerate(rng.permutation(len(self)).tolist()):
             both = self.frames[index] + self.frames[other]
-            if both <= limit and rng.random() < self.config.join:
+            if both <= limit and self._fit(index, other) and rng.random() < self.config.join:
                 self.partners[index] = (other,)
                 self.lengths[index] = both
+
+    def _fit(self, index, other):
+        """Whether two clips' labels can be joined: not to be cut, and glosses for both or none."""
+        first = self.entries[index]
+        second = self.entries[other]
+        # a piece has a character at least
+        characters = len(first["text"]) + len(second["text"]) + 2
+        alike = bool(first["gloss"]) == bool(second["gloss"])
+        return index != other and alike and characters <= self.config.max_text_length
 
     def collate_fn(self, batch):
         """Items -> (src_input, tgt_input); attention_mask (B, T): 1 = real frame, 0 = padding."""
@@ -390,6 +403,7 @@ class SignLanguageDataset(Dataset):
         """Where the entry's pose lies, in pose_format; a link may lead out."""
         # the pose as named, then its name and the entry's with each ending
         stems = [ENDING.sub("", entry["pose"]), VIDEO.sub("", entry["name"])]
+        stems = [stem for stem in stems if not leads_out(stem)]
         names = [stem + ending for stem in stems for ending in (".pkl", ".npz", ".pose")]
         for name in [entry["pose"], *names]:
             apart = unicodedata.normalize("NFD", name)  # as macOS writes it
@@ -408,7 +422,7 @@ class SignLanguageDataset(Dataset):
             # none yet, or one that another version wrote: it only saves time
             with suppress(OSError, ValueError, TypeError, AttributeError):
                 known = json.loads(cache.read_text(encoding="utf-8"))
-                reports = {key: ClipReport(*report) for key, report in known.items()}
+                reports = {key: ClipReport(**report) for key, report in known.items()}
         paths = [entry["path"] for entry in self.entries]
         keys = [file_key(path) for path in paths]
         todo = {key: path for path, key in zip(paths, keys) if key not in reports}
@@ -422,7 +436,7 @@ class SignLanguageDataset(Dataset):
             entry["report"] = reports[key]
         if folder and todo:
             # what could not be read may be mended, or there, the next time
-            sound = {key: reports[key] for key in keys if not reports[key].problem}
+            sound = {key: reports[key]._asdict() for key in keys if not reports[key].problem}
             cache.write_text(json.dumps(sound), encoding="utf-8")
 
     def _drop_bad(self, bad, problems):
@@ -808,6 +822,7 @@ def read_pose_format(path, raw):
 def two_numbers(values, least, field, wanted, path):
     """A list or array of two numbers, finite and not below least -> list of floats."""
     with suppress(TypeError, ValueError, OverflowError):
+        values = np.asarray(values).tolist()
         numbers = [float(value) for value in values]
         if len(numbers) == 2 and all(least <= number < math.inf for number in numbers):
             return numbers

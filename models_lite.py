@@ -337,7 +337,7 @@ class SignLanguageLite(nn.Module):
     def _ctc_loss(self, scores, mask, src_input, tgt_input):
         """scores (B, T', classes) -> negative log-likelihood, summed over clips with glosses.
 
-        A clip with fewer positions than its glosses need adds nothing; `check` counts such clips.
+        A clip with fewer positions than its glosses need adds nothing; `check` names such clips.
         """
         classes = {gloss: i for i, gloss in enumerate(self.glosses, 2)}
         rows = []

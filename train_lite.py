@@ -78,9 +78,9 @@ EVAL_BATCH = 16  # clips per forward pass of an evaluation, at least
 # In these fields a run may differ from the last.pt it goes on from: they do not shape the result.
 FREE_FIELDS = "output_dir resume_from auto_resume num_workers device log_interval val_interval "
 FREE_FIELDS += "use_tensorboard log_dir gradient_checkpointing on_bad_clip data_dir"
-# The fields of Run that last.pt keeps beside weights and optimiser.
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 STOP_SIGNALS |= {getattr(signal, "SIGUSR1", signal.SIGTERM)}  # Slurm's, before the time is up
+# The fields of Run that last.pt keeps beside weights and optimisers.
 KEPT = "epoch batch step skipped bad_in_a_row meter history"
 
 
@@ -184,9 +184,10 @@ class Run:
         """The latest entry that is not worse than the highest by more than its standard error.
 
         The highest of many validations of a small dev split is a lucky moment in mid-schedule; the
-        schedule's end does better on test. By BLEU-4, where texts have so many words; else by chrF.
+        schedule's end does better on test. By BLEU-4; where no text has four tokens by exact match,
+        since of single words chrF tells too little.
         """
-        measure = "bleu4" if any(m["bleu4"] for m in self.history) else "chrf"
+        measure = "bleu4" if any(m["bleu4"] for m in self.history) else "exact_match"
         highest = max(m[measure] for m in self.history) / 100
         error = math.sqrt(max(0, highest * (1 - highest)) / self.history[-1]["dev_clips"])
         near = [m for m in self.history if m[measure] / 100 >= highest - error]
@@ -496,7 +497,7 @@ def choose_folder(config, description):
                 )
             print(f"{folder} holds another run ({changed})")
         number += 1
-        folder = base.parent / f"{base.resolve().name}-{number}"
+        folder = base.parent / f"{Path(os.path.abspath(base)).name}-{number}"
     return folder, resumed
 
 
@@ -635,16 +636,16 @@ def make_optimizers(model, config, total_steps, steps_per_epoch, state=None):
     # a short run must not be all warm-up
     longest = total_steps // 10 if config.max_steps else total_steps // 2
     warmup = min(round(config.warmup_epochs * steps_per_epoch), longest)
-    step = 0
+    last = -1  # the schedule's place; its own first step follows
     if state:
-        step = state["step"]
+        last = min(state["step"], total_steps - 1) - 1
         for optimizer, saved in zip(optimizers, state["optimizer"]):
             optimizer.load_state_dict(saved)
     # of transformers' cosines to a minimum the one whose first step is not lost at rate zero
     schedulers = []
     for optimizer in optimizers:
         schedule = cosine_schedule(
-            optimizer, warmup, total_steps, last_epoch=step - 1, min_lr=config.min_lr
+            optimizer, warmup, total_steps, last_epoch=last, min_lr=config.min_lr
         )
         schedulers.append(schedule)
     return optimizers, schedulers
@@ -797,10 +798,12 @@ def optimiser_step(run):
         run.model.zero_grad(set_to_none=True)  # a step without gradients changes nothing
         run.skipped += 1
         run.bad_in_a_row += 1
-        names = [name for _, name in sorted(run.clips)]  # those of a loss that is not finite first
+        # where a loss was not finite, its clips; else all
+        names = [name for finite, name in run.clips if not finite]
+        names = names or [name for _, name in run.clips]
         print(
             f"warning: step {run.step + 1} is skipped: its loss or gradient (norm {norm:.3g}) is "
-            f"not finite; {run.skipped} so far; clips, likely ones first: {', '.join(names[:32])}",
+            f"not finite; {run.skipped} so far; clips: {', '.join(names[:32])}",
             file=sys.stderr,
         )
     # the schedule moves with every step, skipped or not, and beyond its end it would rise again
@@ -1251,7 +1254,9 @@ def describe_poses(split, dataset, warnings):
     limit = dataset.config.max_length
     # a row a figure of ClipReport, a column a clip
     figures = np.array([report[:7] for report in reports]).T
-    frames, body, left, right, no_hand, not_finite, pixels = figures
+    frames = figures[0]
+    body, left, right, no_hand = figures[1:5] @ frames / frames.sum()  # of all frames, in %
+    not_finite, pixels = figures[5:].sum(1)
     over = 100 * (frames > limit).mean()
     if over > 5:
         enough = math.ceil(np.percentile(frames, 97))
@@ -1259,25 +1264,24 @@ def describe_poses(split, dataset, warnings):
             f"{over:.0f} % of {split}'s clips exceed max_length {limit}: --max_length {enough} "
             "covers 97 %"
         )
-    if no_hand.mean() > 50 or left.min() == 100 or right.min() == 100:
+    if no_hand > 50 or max(left, right) > 99.99:
         warnings.append(
-            f"{split}: no hand in {no_hand.mean():.0f} % of the frames; left not seen in "
-            f"{left.mean():.0f} %, right in {right.mean():.0f} %: does the detector give hands?"
+            f"{split}: no hand in {no_hand:.0f} % of the frames; left not seen in {left:.0f} %, "
+            f"right in {right:.0f} %: does the detector give hands?"
         )
-    if 0 < pixels.mean() < 1:
+    if 0 < pixels < len(reports):
         warnings.append(
-            f"{split}: {pixels.sum():.0f} of {len(reports)} clips are in pixels, the others in "
-            "0..1: keep to one"
+            f"{split}: {pixels:.0f} of {len(reports)} clips are in pixels, the others in 0..1: "
+            "keep to one"
         )
     # in logarithms: three times as long as usual, and beyond the usual spread
     away = np.abs(np.log(np.maximum(frames, 1)) - np.log(np.median(frames)))
     far = away > max(math.log(3), 8 * np.median(away))
     odd = {}  # what looks wrong -> in which clips
-    stride = dataset.config.temporal_stride
-    for entry, unlike, count in zip(dataset.entries, far, frames):
+    for entry, unlike in zip(dataset.entries, far):
         looks = list(entry["report"].odd)
-        if stride * len(entry["gloss"]) > min(count, limit):
-            looks.append("more glosses than positions: CTC passes over it; --temporal_stride 1?")
+        if too_short_for_ctc(entry, dataset.config):
+            looks.append("fewer positions than CTC needs for the glosses: it learns from the text")
         if unlike:
             looks.append("a length unlike the others': is the frame rate the same, is it cut?")
         for text in looks:
@@ -1286,11 +1290,18 @@ def describe_poses(split, dataset, warnings):
         warnings.append(f"{split}: {len(clips)} clips, first {clips[0]}: {text}")
     return [
         f"{split}: {len(reports)} clips, frames {spread(frames)}, {over:.1f} % over max_length "
-        f"{limit}; {pixels.sum():.0f} in pixels",
-        f"  not seen: body {body.mean():.1f} %, left hand {left.mean():.1f} %, right hand "
-        f"{right.mean():.1f} %; no hand in {no_hand.mean():.1f} % of the frames; "
-        f"{not_finite.sum():.0f} joints not finite",
+        f"{limit}; {pixels:.0f} in pixels",
+        f"  not seen: body {body:.1f} %, left hand {left:.1f} %, right hand {right:.1f} %; no hand "
+        f"in {no_hand:.1f} % of the frames; {not_finite:.0f} joints not finite",
     ]
+
+
+def too_short_for_ctc(entry, config):
+    """CTC needs a position for each gloss, and one more between equal neighbours."""
+    gloss = entry["gloss"]
+    need = len(gloss) + sum(a == b for a, b in zip(gloss, gloss[1:]))
+    frames = min(entry["report"].frames, config.max_length)
+    return config.ctc_weight and math.ceil(frames / config.temporal_stride) < need
 
 
 def describe_texts(split, texts, codec, warnings):
@@ -1323,6 +1334,10 @@ def evaluate_command(config, inference, args):
     if place.rank:  # one process scores and writes
         return 0
     model = SignLanguageLite.from_pretrained(folder).to(place.device)
+    # position tables hold so many
+    longest = model.config.max_length
+    if config.max_length > longest:
+        raise ConfigError(f"max_length is {config.max_length}, the model takes {longest}")
     config.output_dir = ""  # evaluating leaves no cache behind
     path = Path(config.data_dir, f"labels.{args.split}")
     dataset = SignLanguageDataset(path, config, "evaluated")
@@ -1460,10 +1475,11 @@ def parse(argv):
         path = find_best(args.run) / "config.json"
         with naming(path, "not a run's configuration"):
             values = read_json(path)
-            values |= values["inference"]
+            values |= values.get("inference", {})
             # what another machine had says nothing of this one
-            for name in ("device", "num_workers"):
-                values.pop(name, None)
+            values.pop("num_workers", None)
+            if values.get("device") == "cuda":
+                values["device"] = "auto"
             make_config(TrainConfig, values)
             make_config(InferenceConfig, values)
     else:
@@ -1494,7 +1510,10 @@ def main(argv=None):
                 print(set_instead(config), file=sys.stderr)
             return COMMANDS[command](config, inference, args)
         finally:
-            sys.stdout.flush()  # here, where a reader that has gone (`| head`) is noticed
+            sys.stdout.flush()  # here, where a reader that has gone is noticed, and not at exit
+    except BrokenPipeError:  # `| head`: end quietly, as SIGPIPE would
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + 13
     except ModuleNotFoundError as error:  # use_tensorboard
         print(f"error: {error}, an optional package: pip install {error.name}", file=sys.stderr)
         return 1

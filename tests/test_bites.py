@@ -259,7 +259,7 @@ def test_evaluate_takes_no_longer_clips_than_the_model_and_leaves_nothing_but_it
     model.save_pretrained(run / "best", inference=DECODING)
     flags = ["evaluate", run, "--data_dir", demo]
     assert command(*flags, "--max_length", 65) == 1
-    assert "65 frames, more than the model's max_length 64" in capsys.readouterr().err
+    assert "max_length is 65, the model takes 64" in capsys.readouterr().err
     options = noting_generate(monkeypatch)
     assert command(*flags, "--split", "test") == 0
     assert options == [DECODING]
@@ -531,8 +531,9 @@ def test_a_checkpoint_that_lacks_something_is_refused_with_what_it_lacks(tmp_pat
         train_lite.load_checkpoint(tmp_path / "last.pt")
 
 
-def figures(bleu4, chrf, dev_loss, dev_clips=100):
-    return {"bleu4": bleu4, "chrf": chrf, "dev_loss": dev_loss, "dev_clips": dev_clips}
+def figures(bleu4, exact, dev_loss, dev_clips=100, chrf=0.0):
+    scores = {"bleu4": bleu4, "exact_match": exact, "chrf": chrf}
+    return scores | {"dev_loss": dev_loss, "dev_clips": dev_clips}
 
 
 @pytest.mark.parametrize(
@@ -545,8 +546,9 @@ def figures(bleu4, chrf, dev_loss, dev_clips=100):
         # of 10,000 clips it has one of half a point
         ([figures(50, 0, 1, 10**4), figures(49.4, 0, 1, 10**4)], 0),
         ([figures(50, 0, 1, 10**4), figures(49.6, 0, 1, 10**4)], 1),
-        # chrF where no text has four words; the loss tells nothing
+        # exact match where no text has four words; loss and chrF tell nothing
         ([figures(0, 50, 0), figures(0, 60, 9), figures(0, 1, 0)], 1),
+        ([figures(0, 46, 0, chrf=58.8), figures(0, 71, 0, chrf=50.6)], 1),
         ([figures(0, 0, 3), figures(0, 0, 9)], 1),
         ([figures(100 + 1e-13, 100, 1), figures(99.9, 100, 1)], 0),
     ],
@@ -1014,7 +1016,7 @@ def split_of(reports, texts, max_length=20):
     for number, (report, text) in enumerate(zip(reports, texts)):
         gloss = ["a"] * int(text[0])  # as many as the first digit says
         entries.append({"name": f"c{number}", "text": text, "gloss": gloss, "report": report})
-    config = SimpleNamespace(max_length=max_length, temporal_stride=2)
+    config = SimpleNamespace(max_length=max_length, temporal_stride=2, ctc_weight=0.5)
     return SimpleNamespace(entries=entries, config=config)
 
 
@@ -1030,7 +1032,7 @@ def test_the_figures_of_check_by_hand():
     }
     assert train_lite.data_report(data, codec) == [
         "train: 2 clips, frames 20 (11 to 29), 50.0 % over max_length 20; 1 in pixels",
-        "  not seen: body 10.0 %, left hand 5.0 %, right hand 10.0 %; no hand in 25.0 % of the "
+        "  not seen: body 11.0 %, left hand 5.5 %, right hand 15.0 %; no hand in 27.5 % of the "
         "frames; 3 joints not finite",
         "  pieces a text 4 (3 to 5), 50.0 % over max_text_length 3",
         "dev: 20 clips, frames 20 (20 to 20), 0.0 % over max_length 20; 0 in pixels",
@@ -1264,7 +1266,7 @@ DEFAULTS = {
     ScratchConfig: {
         "batch_size": 32,
         "gradient_accumulation": 1,
-        "max_steps": 1500,
+        "max_steps": 500,
         "learning_rate": 1e-3,
         "ctc_weight": 0.5,
         "augment": True,
@@ -1414,6 +1416,8 @@ def test_another_machine_s_processes_and_device_are_not_taken_over(sent):
         folder = spoil(sent, name, value)
         _, config, _, _ = train_lite.parse(["evaluate", str(folder)])
         assert getattr(config, name) == getattr(TrainConfig(), name)
+    folder = spoil(sent, "device", "cpu")
+    assert train_lite.parse(["evaluate", str(folder)])[1].device == "cpu", "its figures' own"
     _, config, _, _ = train_lite.parse(["evaluate", str(folder), "--num_workers", "7"])
     assert config.num_workers == 7
 

@@ -876,7 +876,9 @@ def test_clips_too_short_for_their_glosses_are_counted_before_the_first_step(tmp
         short_and_long = {f"{split}_a": random_clip(4), f"{split}_b": random_clip(30)}
         write_corpus(tmp_path / "corpus", short_and_long, split)
     assert tiny_run(tmp_path / "corpus", tmp_path / "run", 2) == 0
-    assert "train: 1 clips, first train_a: more glosses than positions" in capsys.readouterr().out
+    assert (
+        "train: 1 clips, first train_a: fewer positions than CTC needs" in capsys.readouterr().out
+    )
 
 
 def test_more_processes_than_batches_are_refused(demo):
@@ -1182,8 +1184,8 @@ class SpoilsOneBatch(torch.nn.Module):
         return output
 
 
-def test_a_skipped_step_names_first_the_clips_whose_loss_was_not_finite(clips, capsys):
-    """Before the rest of the window, of which the micro-batches were sound."""
+def test_a_skipped_step_names_the_clips_whose_loss_was_not_finite(clips, capsys):
+    """Not the whole window, of which the other micro-batches were sound."""
     run = run_of(scratch_model(clips).train(), clips, batch_size=4, gradient_accumulation=10)
     _, batch, _ = epoch_plan(run)[3]
     named = [clips.entries[index]["name"] for index in batch]
@@ -1191,7 +1193,7 @@ def test_a_skipped_step_names_first_the_clips_whose_loss_was_not_finite(clips, c
     train_epoch(run)
     error = capsys.readouterr().err
     assert run.skipped == 1
-    assert "clips, likely ones first: " + ", ".join(sorted(named)) in error, error
+    assert error.strip().endswith("clips: " + ", ".join(named)), error
 
 
 def test_a_run_that_a_signal_stops_closes_tensorboard(demo, tmp_path, monkeypatch):

@@ -123,8 +123,11 @@ TABLE = {
         DATASETS + "evaluation_never or varies_training": [
             ('if self.phase == "train":\n            # from', "if True:\n            # from"),
         ],
-        DATASETS + "joined or epochs_lengths": [
+        DATASETS + "joined or epochs_lengths or do_not_fit": [
             ("if both <= limit and", "if"),
+            ("return index != other and alike and", "return index != other and"),
+            ("return index != other and alike", "return alike"),
+            ("alike and characters <= self.config.max_text_length", "alike"),
             ("rng.random() < self.config.join", "rng.random() > self.config.join"),
             ("self.lengths[index] = both", "pass"),
             ('between = "" if', 'between = " " if'),
@@ -148,9 +151,9 @@ TABLE = {
             ("if folder and todo:", "if False:"),
         ],
         DATASETS + "outside_of_pose_format": [
-            ('is_absolute() or ".." in path_within.parts', "is_absolute()"),
-            ('path_within.is_absolute() or ".."', '".."'),
-            ("in (Path(pose), Path(name)):", "in (Path(pose),):"),
+            ('is_absolute() or ".." in Path(name).parts', "is_absolute()"),
+            ('Path(name).is_absolute() or ".."', '".."'),
+            ("if not leads_out(stem)]", "]"),
         ],
         BITES + "clip_is_counted": [
             ("seen = (scores > THRESHOLD) & finite", "seen = scores > THRESHOLD"),
@@ -350,7 +353,7 @@ TABLE = {
             ("            scheduler.step()\n", "            pass\n"),
         ],
         TRAIN + "whose_loss_was_not_finite": [
-            ("in sorted(run.clips)", "in run.clips"),
+            ("in run.clips if not finite]", "in run.clips]"),
         ],
         TRAIN + "resume or stopped or killed": [("rest = plan[run.batch :]", "rest = plan")],
         TRAIN + "short_window": [("window_full or run.batch == len(plan)", "window_full")],
@@ -358,7 +361,7 @@ TABLE = {
             ('KEPT = "epoch batch step skipped bad', 'KEPT = "epoch batch step bad'),
             ("skipped bad_in_a_row meter history", "skipped meter history"),
             ("bad_in_a_row meter history", "bad_in_a_row history"),
-            ("last_epoch=step - 1", "last_epoch=-1"),
+            ('last = min(state["step"], total_steps - 1) - 1', "last = -1"),
             ("optimizer.load_state_dict(saved)", "pass"),
             ('if not list(run.folder.glob("best*")):', "if False:"),
         ],
@@ -373,6 +376,7 @@ TABLE = {
             ('"zh" if language == "zh" else "char"', '"char" if language == "zh" else "char"'),
         ],
         BITES + "standard_error or validation_saves": [
+            ('else "exact_match"', 'else "chrf"'),
             ("return near[-1]", "return max(near, key=lambda m: m[measure])"),
             (">= highest - error", ">= highest"),
             (">= highest - error", ">= highest - 2 * error"),
@@ -449,7 +453,8 @@ TABLE = {
             ("            make_config(InferenceConfig, values)\n", ""),
         ],
         BITES + "another_machine": [
-            ('for name in ("device", "num_workers"):', 'for name in ("device",):'),
+            ('values.pop("num_workers", None)', "pass"),
+            ('values["device"] = "auto"', "pass"),
         ],
         BITES + "lock_that_is": [('folder / ".lock", "a")', 'folder / ".lock", "w")')],
         BITES + "working_folder": [("{base.resolve().name}-", "{base.name}-")],
@@ -534,12 +539,12 @@ TABLE = {
             ("if over > 5:", "if over > 60:"),
             ("if over > 5:", "if over >= 5:"),
             ("np.percentile(frames, 97)", "np.percentile(frames, 50)"),
-            ("if no_hand.mean() > 50 or", "if no_hand.mean() > 90 or"),
+            ("if no_hand > 50 or", "if no_hand > 90 or"),
             ("(lengths > limit).mean()", "(lengths >= limit).mean()"),
             ("    if cut:\n", "    if False:\n"),
             ("    if unspellable:\n", "    if False:\n"),
             ("if codec.unknown in rows]", "if rows]"),
-            ("{not_finite.sum():.0f}", "{not_finite.max():.0f}"),
+            ("figures[5:].sum(1)", "figures[5:].max(1)"),
             ("setdefault(text, split) != split", "setdefault(text, split) == split"),
         ],
         BITES + "gets_wrong": [
