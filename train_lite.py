@@ -1280,7 +1280,7 @@ def describe_poses(split, dataset, warnings):
     odd = {}  # what looks wrong -> in which clips
     for entry, unlike in zip(dataset.entries, far):
         looks = list(entry["report"].odd)
-        if too_short_for_ctc(entry, dataset.config):
+        if split == "train" and too_short_for_ctc(entry, dataset.config):
             looks.append("fewer positions than CTC needs for the glosses: it learns from the text")
         if unlike:
             looks.append("a length unlike the others': is the frame rate the same, is it cut?")
