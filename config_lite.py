@@ -56,7 +56,7 @@ class TrainConfig:
     learning_rate: float = option(2e-4, "peak rate of the optimisers", most=1, aliases=["--lr"])
     weight_decay: float = option(0.01, "decoupled decay; norms and biases are spared")
     # from scratch it learns more from few takes (tests/RESULTS.md); with pretrained weights untried
-    muon: bool = option(False, "Muon in place of AdamW for the hidden matrices")
+    muon: bool = option(False, "Muon in place of AdamW for the encoder's matrices")
     max_grad_norm: float = option(1.0, "clip the gradient at this norm; 0 = off")
     seed: int = option(42, "of weights, order, augmentation and dropout", most=2**63 - 1)
 

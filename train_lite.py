@@ -614,9 +614,8 @@ def make_optimizers(model, config, total_steps, steps_per_epoch, state=None):
     """
     hidden = []
     if config.muon:
-        # not the first layers and the heads, whose rows are joints, glosses or pieces
-        stacks = [model.mt5_model.encoder.block, model.mt5_model.decoder.block]
-        for part in [model.fusion, model.temporal, model.proj, *stacks]:
+        # not what reads joints or writes glosses and text: under Muon that learns word order late
+        for part in (model.fusion, model.temporal, model.proj, model.mt5_model.encoder.block):
             hidden += [m.weight for m in part.modules() if isinstance(m, torch.nn.Linear)]
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in map(id, hidden)]
     groups = [

@@ -1479,7 +1479,7 @@ def test_the_rate_ends_at_its_lowest(clips):
 # ------------------------------------------------------------ two optimisers
 
 
-def test_muon_has_the_hidden_matrices_and_adamw_the_rest(clips):
+def test_muon_has_the_encoder_s_matrices_and_adamw_the_rest(clips):
     model = scratch_model(clips, ctc_weight=0.5)
     config = scratch_config(muon=True)
     (adamw, muon), schedulers = train_lite.make_optimizers(model, config, 10, 2)
@@ -1487,7 +1487,7 @@ def test_muon_has_the_hidden_matrices_and_adamw_the_rest(clips):
     found = {names[id(p)] for group in muon.param_groups for p in group["params"]}
     wanted = {"fusion.weight", "proj.weight"}
     for name, parameter in model.named_parameters():
-        inside = ".block." in name or name.startswith("temporal.")
+        inside = "encoder.block." in name or name.startswith("temporal.")
         if inside and parameter.ndim == 2 and "relative_attention_bias" not in name:
             wanted.add(name)
     assert found == wanted

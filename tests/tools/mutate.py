@@ -460,7 +460,7 @@ TABLE = {
         BITES + "working_folder": [("{base.resolve().name}-", "{base.name}-")],
         BITES + "rate_ends": [("if run.step + 1 < run.total_steps:", "if True:")],
         BITES + "muon": [
-            ("model.proj, *stacks]", "model.proj]"),
+            ("model.proj, model.mt5_model.encoder.block)", "model.proj)"),
             ("if isinstance(m, torch.nn.Linear)]", "][:0]"),
             ("optimizers.append(muon)", "pass"),
         ],
