@@ -390,10 +390,7 @@ TABLE = {
         BITES + "signals_to_the_main": [
             ("worker_init_fn=leave_signals_to_main", "worker_init_fn=print"),
             ("signal.SIG_IGN)", "signal.SIG_DFL)"),
-            (
-                ('|= {getattr(signal, "SIGUSR1"', '|= {getattr(signal, "SIGUSR9"'),
-                'STOP_SIGNALS |= {getattr(signal, "SIGUSR9"',
-            ),
+            ('|= {getattr(signal, "SIGUSR1"', '|= {getattr(signal, "SIGUSR9"'),
         ],
         BITES + "when_they_are_due": [
             ("run.step % run.config.log_interval == 0", "run.step"),
@@ -457,7 +454,7 @@ TABLE = {
             ('values["device"] = "auto"', "pass"),
         ],
         BITES + "lock_that_is": [('folder / ".lock", "a")', 'folder / ".lock", "w")')],
-        BITES + "working_folder": [("{base.resolve().name}-", "{base.name}-")],
+        BITES + "working_folder": [("{Path(os.path.abspath(base)).name}-", "{base.name}-")],
         BITES + "rate_ends": [("if run.step + 1 < run.total_steps:", "if True:")],
         BITES + "muon": [
             ("model.proj, model.mt5_model.encoder.block)", "model.proj)"),
@@ -522,7 +519,7 @@ TABLE = {
                 "text = model.generate(src_input, **asdict(inference))[0]",
                 "text = model.generate(src_input)[0]",
             ),
-            ('values |= values["inference"]', "pass"),
+            ('values |= values.get("inference", {})', "pass"),
             ("    values |= given\n", "    values = given | values\n"),
         ],
         BITES + "no_longer_clips": [
