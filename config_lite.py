@@ -56,7 +56,9 @@ class TrainConfig:
     learning_rate: float = option(2e-4, "peak rate of the optimisers", most=1, aliases=["--lr"])
     weight_decay: float = option(0.01, "decoupled decay; norms and biases are spared")
     # from scratch it learns more from few takes (tests/RESULTS.md); with pretrained weights untried
-    muon: bool = option(False, "Muon in place of AdamW for the encoder's matrices")
+    muon: Literal["off", "encoder", "all"] = option(
+        "off", "Muon in place of AdamW for the matrices of encoder, or of encoder and decoder"
+    )
     max_grad_norm: float = option(1.0, "clip the gradient at this norm; 0 = off")
     seed: int = option(42, "of weights, order, augmentation and dropout", most=2**63 - 1)
 
@@ -225,7 +227,7 @@ class ScratchConfig(TrainConfig):
     # steps stay steps at a third of the data
     max_steps: int = 500
     learning_rate: float = 1e-3
-    muon: bool = True
+    muon: str = "all"
     # glosses are the strongest help that a small corpus has
     ctc_weight: float = 0.5
     augment: bool = True
@@ -238,6 +240,8 @@ class DemoConfig(ScratchConfig):
 
     # written on first use
     data_dir: str = "data/demo"
+    # the decoder learns another word order sooner under AdamW
+    muon: str = "encoder"
 
 
 def make_config(kind, values):

@@ -613,9 +613,12 @@ def make_optimizers(model, config, total_steps, steps_per_epoch, state=None):
     last.pt holds, to go on from; the schedule is that of the budget asked for now.
     """
     hidden = []
-    if config.muon:
-        # not what reads joints or writes glosses and text: under Muon that learns word order late
-        for part in (model.fusion, model.temporal, model.proj, model.mt5_model.encoder.block):
+    if config.muon != "off":
+        # as usual with Muon, first layers, heads and tables stay with AdamW
+        parts = [model.fusion, model.temporal, model.proj, model.mt5_model.encoder.block]
+        if config.muon == "all":
+            parts.append(model.mt5_model.decoder.block)
+        for part in parts:
             hidden += [m.weight for m in part.modules() if isinstance(m, torch.nn.Linear)]
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in map(id, hidden)]
     groups = [

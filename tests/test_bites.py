@@ -1240,6 +1240,9 @@ DEFAULTS = {
         "batch_size": 2,
         "gradient_accumulation": 16,
         "epochs": 50,
+        "muon": "off",
+        "join": 0.5,
+        "mirror": 0.5,
         "max_steps": 0,
         "learning_rate": 2e-4,
         "weight_decay": 0.01,
@@ -1479,27 +1482,28 @@ def test_the_rate_ends_at_its_lowest(clips):
 # ------------------------------------------------------------ two optimisers
 
 
-def test_muon_has_the_encoder_s_matrices_and_adamw_the_rest(clips):
+@pytest.mark.parametrize("scope, stacks", [("encoder", ["encoder.block."]), ("all", [".block."])])
+def test_muon_has_the_hidden_matrices_and_adamw_the_rest(clips, scope, stacks):
     model = scratch_model(clips, ctc_weight=0.5)
-    config = scratch_config(muon=True)
+    config = scratch_config(muon=scope)
     (adamw, muon), schedulers = train_lite.make_optimizers(model, config, 10, 2)
     names = {id(p): name for name, p in model.named_parameters()}
     found = {names[id(p)] for group in muon.param_groups for p in group["params"]}
     wanted = {"fusion.weight", "proj.weight"}
     for name, parameter in model.named_parameters():
-        inside = "encoder.block." in name or name.startswith("temporal.")
+        inside = stacks[0] in name or name.startswith("temporal.")
         if inside and parameter.ndim == 2 and "relative_attention_bias" not in name:
             wanted.add(name)
     assert found == wanted
     rest = {names[id(p)] for group in adamw.param_groups for p in group["params"]}
     assert rest == set(names.values()) - found
     assert len(schedulers) == 2
-    (adamw,), _ = train_lite.make_optimizers(model, scratch_config(muon=False), 10, 2)
+    (adamw,), _ = train_lite.make_optimizers(model, scratch_config(muon="off"), 10, 2)
     assert sum(len(group["params"]) for group in adamw.param_groups) == len(names)
 
 
 def test_every_parameter_is_stepped_and_every_rate_is_one(clips):
-    run = run_of(scratch_model(clips, ctc_weight=0.5).train(), clips, muon=True)
+    run = run_of(scratch_model(clips, ctc_weight=0.5).train(), clips, muon="all")
     before = copied_parameters(run.model)
     train_epoch(run)
     still = [name for name, p in run.model.named_parameters() if torch.equal(p, before[name])]

@@ -136,7 +136,7 @@ def gru(config, folder):
         loaders[split] = DataLoader(part, config.batch_size, shuffle, collate_fn=part.collate_fn)
     model = make_gru(data["train"], loaders["dev"], config.language)
     batches = len(loaders["train"])
-    config = replace(config, muon=False)  # its matrices are not those of an mT5
+    config = replace(config, muon="off")  # its matrices are not those of an mT5
     (optimizer,), (scheduler,) = make_optimizers(model, config, config.max_steps, batches)
     interval = max(1, config.max_steps // VALIDATIONS)
     curve = []
