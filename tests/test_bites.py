@@ -1270,6 +1270,7 @@ DEFAULTS = {
         "batch_size": 32,
         "gradient_accumulation": 1,
         "max_steps": 500,
+        "muon": "all",
         "learning_rate": 1e-3,
         "ctc_weight": 0.5,
         "augment": True,
@@ -1278,7 +1279,7 @@ DEFAULTS = {
         "num_layers": 2,
         "vocab_size": 1000,
     },
-    DemoConfig: {"data_dir": "data/demo", "max_steps": 500},
+    DemoConfig: {"data_dir": "data/demo", "max_steps": 500, "muon": "encoder"},
     InferenceConfig: {
         "num_beams": 1,
         "max_new_tokens": 64,
