@@ -308,6 +308,7 @@ def only_usable(place, motion, usable):
 class SignLanguageDataset(Dataset):
     """Clips of one label file; item: (name, pose {body, left, right}, text, gloss).
 
+    With config.augment two clips may be one item, a sentence that nobody signed (`begin_epoch`).
     Every pose file is read once when the set is made, by all cores, so that no bad clip stops a run
     later; what was found is kept in config.output_dir. With on_bad_clip "error" DataError names the
     bad clips, with "skip" they are left out and listed in output_dir/bad_clips.txt; a list of
