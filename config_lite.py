@@ -225,7 +225,7 @@ class ScratchConfig(TrainConfig):
     batch_size: int = 32
     gradient_accumulation: int = 1
     # steps stay steps at a third of the data
-    max_steps: int = 500
+    max_steps: int = 800
     learning_rate: float = 1e-3
     muon: str = "all"
     # glosses are the strongest help that a small corpus has
@@ -240,6 +240,7 @@ class DemoConfig(ScratchConfig):
 
     # written on first use
     data_dir: str = "data/demo"
+    max_steps: int = 500
     # the decoder learns another word order sooner under AdamW
     muon: str = "encoder"
 

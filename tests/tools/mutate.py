@@ -55,6 +55,7 @@ TABLE = {
             ("learning_rate: float = 1e-3", "learning_rate: float = 2e-4"),
             ("ctc_weight: float = 0.5", "ctc_weight: float = 0.0"),
             ("augment: bool = True", "augment: bool = False"),
+            ("max_steps: int = 800", "max_steps: int = 0"),
             ("max_steps: int = 500", "max_steps: int = 0"),
             ('muon: str = "all"', 'muon: str = "off"'),
             ('muon: str = "encoder"', 'muon: str = "all"'),
