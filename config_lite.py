@@ -225,7 +225,7 @@ class ScratchConfig(TrainConfig):
     batch_size: int = 32
     gradient_accumulation: int = 1
     # steps stay steps at a third of the data
-    max_steps: int = 800
+    max_steps: int = 600
     learning_rate: float = 1e-3
     muon: str = "all"
     # glosses are the strongest help that a small corpus has

@@ -358,7 +358,7 @@ class SignLanguageDataset(Dataset):
         return read_clip(entry["path"], self.config, rng, self.frames[index])
 
     def begin_epoch(self, epoch):
-        """Draw each clip's speed, and which clips are joined; lengths: frames, for the batches."""
+        """Draw each clip's speed, and which are joined; lengths: by which batches are sorted."""
         self.epoch = epoch
         self.frames = np.array([entry["report"].frames for entry in self.entries])
         self.partners = [()] * len(self)  # the clip that is played after this one, if any
@@ -370,13 +370,13 @@ class SignLanguageDataset(Dataset):
         # as often faster as slower: uniform in the logarithm
         factors = np.exp(rng.uniform(np.log(0.8), np.log(1.25), len(self)))
         self.frames = np.maximum(4, np.round(self.frames * factors).astype(int))
+        # without partners: batches that are all joined, or all not, learn less
         self.lengths = np.minimum(self.frames, limit)
         # sentences that nobody signed: a sign must be found wherever it stands
         for index, other in enumerate(rng.permutation(len(self)).tolist()):
             both = self.frames[index] + self.frames[other]
             if both <= limit and self._fit(index, other) and rng.random() < self.config.join:
                 self.partners[index] = (other,)
-                self.lengths[index] = both
 
     def _fit(self, index, other):
         """Whether two clips' labels can be joined: not to be cut, and glosses for both or none."""

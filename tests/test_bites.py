@@ -1269,7 +1269,7 @@ DEFAULTS = {
     ScratchConfig: {
         "batch_size": 32,
         "gradient_accumulation": 1,
-        "max_steps": 800,
+        "max_steps": 600,
         "muon": "all",
         "learning_rate": 1e-3,
         "ctc_weight": 0.5,

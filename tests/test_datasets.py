@@ -2171,7 +2171,8 @@ def test_joined_clips_are_one_after_another_with_their_texts_and_glosses(tmp_pat
         config.join = 1.0
         dataset.begin_epoch(epoch)
         name, pose, joined_text, gloss = dataset[0]
-        assert len(pose["body"]) == len(pose["left"]) == dataset.lengths[0]
+        frames = sum(dataset.frames[clip] for clip in (0, *dataset.partners[0]))
+        assert len(pose["body"]) == len(pose["left"]) == frames
         found.add(name)
         config.join = 0.0
         dataset.begin_epoch(epoch)
@@ -2219,10 +2220,10 @@ def test_clips_are_joined_in_augmented_training_alone_and_never_beyond_max_lengt
     dataset = SignLanguageDataset(
         label, scratch_config(augment=True, join=1.0, max_length=60), "train"
     )
-    assert max(dataset.lengths) <= 60
     assert 0 < sum(len(partner) for partner in dataset.partners) < 20
-    for index, length in enumerate(dataset.lengths):
-        assert len(body_of(dataset, index)) == length
+    for index, partner in enumerate(dataset.partners):
+        frames = sum(dataset.frames[clip] for clip in (index, *partner))
+        assert len(body_of(dataset, index)) == frames <= 60
 
 
 def test_an_epochs_lengths_are_those_of_its_augmented_clips(demo):
