@@ -211,7 +211,7 @@ def test_the_demo_differs_from_scratch_only_in_what_it_must():
     changed = {name for name in NAMES if getattr(base, name) != getattr(demo, name)}
     assert isinstance(demo, ScratchConfig)
     assert "data_dir" in changed
-    assert changed <= {"data_dir", "max_steps", "epochs", "val_interval"}, (
+    assert changed <= {"data_dir", "max_steps", "muon", "epochs", "val_interval"}, (
         f"the demo changes {sorted(changed)}"
     )
 
