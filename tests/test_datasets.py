@@ -1388,6 +1388,18 @@ def test_a_pose_outside_of_pose_format_is_never_read(tmp_path, pose, field, monk
     assert read == {label.resolve(), (tmp_path / "data" / "pose_format" / "good.pkl").resolve()}
 
 
+@pytest.mark.parametrize("name", ["../secret", "ABSOLUTE"])
+def test_a_name_that_leads_out_finds_no_pose_where_the_named_one_is_missing(tmp_path, name):
+    write_pose(tmp_path / "data" / "secret.pkl", *random_clip())
+    if name == "ABSOLUTE":
+        name = str(tmp_path / "data" / "secret")
+    label = write_labels(
+        tmp_path / "data" / "labels.train", {"a": {**entry("a", pose="absent.pkl"), "name": name}}
+    )
+    with pytest.raises(DataError, match="absent.pkl: no such pose file"):
+        SignLanguageDataset(label, scratch_config(), "train")
+
+
 @pytest.mark.parametrize("pose", ["a\0b.pkl", "", ".", "x" * 300 + ".pkl", "folder"])
 def test_a_pose_name_that_no_file_can_have_is_a_bad_clip(tmp_path, pose):
     write_corpus(tmp_path, {"good": random_clip()})

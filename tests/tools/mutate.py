@@ -151,7 +151,7 @@ TABLE = {
             ("{path} {stat.st_size} {stat.st_mtime_ns}", "{path} {stat.st_size}"),
             ("if folder and todo:", "if False:"),
         ],
-        DATASETS + "outside_of_pose_format": [
+        DATASETS + "outside_of_pose_format or leads_out": [
             ('is_absolute() or ".." in Path(name).parts', "is_absolute()"),
             ('Path(name).is_absolute() or ".."', '".."'),
             ("if not leads_out(stem)]", "]"),
