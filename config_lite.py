@@ -112,7 +112,7 @@ class TrainConfig:
     mirror: float = option(
         0.5, "share of augmented clips with left and right exchanged; 0 = off", most=1
     )
-    # a sign is learnt apart from the clip that it came in: the strongest help where takes are few
+    # a sign is learnt apart from its clip: the strongest help, but for two takes of known people
     join: float = option(
         0.5, "share of augmented clips to which another is joined; 0 = off", most=1
     )

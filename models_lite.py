@@ -387,6 +387,7 @@ class SignLanguageLite(nn.Module):
     def compare(self, state):
         """Raise DataError where these weights' names or shapes are not the model's."""
         given = {name: value.shape for name, value in state.items()}
+        # not of state_to_save: a sketch on torch's meta device has no values to copy
         own = {}
         for name, value in self.state_dict().items():
             if "embed_tokens" not in name:

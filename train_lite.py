@@ -308,9 +308,9 @@ def compute_metrics(predictions, references, language="zh"):
     count = len(references)
     if len(predictions) != count or not count:
         raise ValueError(f"{len(predictions)} predictions for {count} references: one each, please")
-    # mT5 gives half-width punctuation back: raw strings could never match
-    # the language in one spelling: it decides how texts are cut
+    # in one spelling: it decides how texts are cut
     language = language_code(language)
+    # mT5 gives half-width punctuation back: raw strings could never match
     predictions = comparable(predictions, language)
     references = comparable(references, language)
     pairs = list(zip(predictions, references))
@@ -374,12 +374,12 @@ def train(config, inference, args=None):
                     validate(run)
                 # an epoch a turn, until the budget is spent and the last weights are scored
                 while run.step < run.total_steps or not run.validated:
-                    for *batch, last in rest_of_epoch(run):
+                    for *batch, step_due in rest_of_epoch(run):
                         with run.timed("computed"):
-                            micro_batch(run, *batch, last)
-                            if last:
+                            micro_batch(run, *batch, step_due)
+                            if step_due:
                                 optimiser_step(run)
-                        if last:
+                        if step_due:
                             after_step(run)
                     # the epoch or the budget is at its end
                     due = run.step >= run.total_steps or run.epoch % config.val_interval == 0
@@ -631,7 +631,7 @@ def make_optimizers(model, config, total_steps, steps_per_epoch, state=None):
             hidden,
             config.learning_rate,
             config.weight_decay,
-            ns_steps=3,  # of five: as good here, in half the time
+            ns_steps=3,  # not five, dear on a CPU: 2 of 50 clips apart (tests/RESULTS.md)
             adjust_lr_fn="match_rms_adamw",  # one rate serves both
         )
         optimizers.append(muon)

@@ -8,7 +8,7 @@ who are not in training; few: 25 signs, about six training takes each of many si
 signs, two training takes each. What stands behind `--` goes to train_lite.py. --tree trains another
 version of the four files, with its own defaults. test is scored with --test only, for the end.
 few has 32 and 18 clips: with --test both are counted together, too. Needs ../shared/data and
-../shared/tools; without them it says so. About 25 minutes a seed on 2 cores.
+../shared/tools; without them it says so. About half an hour a seed.
 """
 
 import argparse
