@@ -73,6 +73,13 @@ except ImportError:  # Windows: no lock on the run's folder, no peak memory of t
     fcntl = None
     resource = None
 
+# as usual with Muon, first layers, heads and tables stay with AdamW
+ENCODER_LAYERS = ("fusion", "temporal", "proj", "mt5_model.encoder.block")
+MUON_LAYERS = {
+    "off": (),
+    "encoder": ENCODER_LAYERS,
+    "all": (*ENCODER_LAYERS, "mt5_model.decoder.block"),
+}
 SAVE_EVERY = 15 * 60  # seconds; a longer epoch is saved within, too
 EVAL_BATCH = 16  # clips per forward pass of an evaluation, at least
 # In these fields a run may differ from the last.pt it goes on from: they do not shape the result.
@@ -613,13 +620,9 @@ def make_optimizers(model, config, total_steps, steps_per_epoch, state=None):
     last.pt holds, to go on from; the schedule is that of the budget asked for now.
     """
     hidden = []
-    if config.muon != "off":
-        # as usual with Muon, first layers, heads and tables stay with AdamW
-        parts = [model.fusion, model.temporal, model.proj, model.mt5_model.encoder.block]
-        if config.muon == "all":
-            parts.append(model.mt5_model.decoder.block)
-        for part in parts:
-            hidden += [m.weight for m in part.modules() if isinstance(m, torch.nn.Linear)]
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name.startswith(MUON_LAYERS[config.muon]):
+            hidden.append(module.weight)
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in map(id, hidden)]
     groups = [
         {"params": [p for p in others if p.ndim > 1], "weight_decay": config.weight_decay},

@@ -458,9 +458,12 @@ TABLE = {
         BITES + "working_folder": [("{Path(os.path.abspath(base)).name}-", "{base.name}-")],
         BITES + "rate_ends": [("if run.step + 1 < run.total_steps:", "if True:")],
         BITES + "muon": [
-            ("model.proj, model.mt5_model.encoder.block]", "model.proj]"),
-            ('if config.muon == "all":', "if True:"),
-            ("if isinstance(m, torch.nn.Linear)]", "][:0]"),
+            ('"proj", "mt5_model.encoder.block")', '"proj")'),
+            (
+                '    "encoder": ENCODER_LAYERS,',
+                '    "encoder": (*ENCODER_LAYERS, "mt5_model.decoder.block"),',
+            ),
+            ("if isinstance(module, torch.nn.Linear) and", "if False and"),
             ("optimizers.append(muon)", "pass"),
         ],
         BITES + "exit_codes": [
