@@ -246,18 +246,17 @@ def load_part_kp(skeletons, confs):
     the body's scale and clipped to -1..1; in a frame where that joint was not seen it is all zero.
     The model brings it to its own scale (models_lite.hand_features).
     """
+    clip = np.dstack([skeletons, confs])  # (T, 133, 3)
     kps_with_scores = {}
     for part, joints in PARTS.items():  # the body first: its scale is the hands', too
-        kps = np.take(skeletons, joints, axis=1)  # (T, V, 2)
-        confidences = np.take(confs, joints, axis=1)  # (T, V)
-        motion = np.concatenate([kps, confidences[..., None]], axis=-1)  # (T, V, 3)
+        motion = clip[:, joints]  # (T, V, 3)
         if part == "body":
             result, scale, _ = crop_scale(motion, THRESHOLD)
         else:
-            place, usable = usable_joints(motion, THRESHOLD)  # (T, 21, 2), (T, 21)
-            place = (place - place[:, :1]) / scale
+            usable = seen_joints(motion[..., :2], motion[..., 2])  # (T, 21)
             usable &= usable[:, :1]  # no hand without its first joint,
             usable &= scale > 0  # or without a body
+            place = (motion[..., :2] - motion[:, :1, :2]) / scale  # (T, 21, 2)
             result = only_usable(place, motion, usable)  # (T, 21, 3)
         kps_with_scores[part] = torch.from_numpy(result)
     return kps_with_scores
@@ -273,7 +272,8 @@ def crop_scale(motion, thr):
     whatever no NaN and no warning; motion is left alone.
     """
     motion = np.asarray(motion)
-    place, usable = usable_joints(motion, thr)  # (T, V, 2), (T, V)
+    place = motion[..., :2].astype(np.float32)  # (T, V, 2)
+    usable = seen_joints(place, motion[..., 2], thr)  # (T, V)
     valid_coords = place[usable]  # (usable joints, 2)
     if len(valid_coords) < 4:
         return np.zeros(motion.shape, np.float32), 0, None
@@ -288,17 +288,16 @@ def crop_scale(motion, thr):
     return only_usable(place, motion, usable), scale, offset
 
 
-def usable_joints(motion, thr):
-    """(T, V, 3) -> coordinates (T, V, 2) float32; confidence above thr and both finite (T, V)."""
-    place = motion[..., :2].astype(np.float32)
-    return place, (motion[..., 2] > thr) & np.isfinite(place).all(-1)
+def seen_joints(keypoints, scores, thr=THRESHOLD):
+    """(T, V, 2), (T, V) -> (T, V): whether the score is above thr and both coordinates finite."""
+    return (scores > thr) & np.isfinite(keypoints).all(-1)
 
 
 def only_usable(place, motion, usable):
     """Places (T, V, 2), motion's confidence -> (T, V, 3), clipped; what is not usable is zero."""
-    confidence = motion[..., 2:].astype(np.float32)  # (T, V, 1)
-    result = np.concatenate([place.clip(-1, 1), confidence.clip(0, 1)], axis=-1)  # (T, V, 3)
-    result[~usable] = 0
+    result = np.zeros(motion.shape, np.float32)
+    result[usable, :2] = place[usable].clip(-1, 1)
+    result[usable, 2] = motion[usable, 2].clip(0, 1)
     return result
 
 
@@ -485,24 +484,19 @@ def inspect_clip(path):
     """One pose file -> ClipReport; runs under guard."""
     raw = read_pose_bytes(path)
     keypoints, scores = parse_pose(path, raw)
+    usable_parts(path, keypoints, scores)
     # counts for the report of `check`
-    finite = np.isfinite(keypoints).all(-1)  # (T, 133)
-    seen = (scores > THRESHOLD) & finite
-    problem = ""
-    if not load_part_kp(keypoints, scores)["body"].numpy().any():
-        joints = seen[:, BODY].sum()
-        problem = f"{path}: no usable body ({joints} joints, {len(seen)} frames)"
-    not_finite = ~(finite & np.isfinite(scores))[:, USED]
+    seen = seen_joints(keypoints, scores)  # (T, 133)
+    finite = np.isfinite(keypoints).all(-1) & np.isfinite(scores)  # (T, 133)
     has_hand = seen[:, [LEFT[0], RIGHT[0]]].any(1)  # (T,): by the hands' first joints
     return ClipReport(
         len(seen),
-        *(100 * float((~seen[:, joints]).mean()) for joints in PARTS.values()),
-        no_hand=100 * float((~has_hand).mean()),
-        not_finite=int(not_finite.sum()),
+        *(100 * (~seen[:, joints]).mean() for joints in PARTS.values()),
+        no_hand=100 * (~has_hand).mean(),
+        not_finite=int((~finite[:, USED]).sum()),
         in_pixels=in_pixels(keypoints, scores),
         digest=sha256(raw).hexdigest(),
         odd=oddities(keypoints, scores),
-        problem=problem,
     )
 
 
@@ -557,15 +551,23 @@ def read_clip(path, config, rng=None, frames=None):
     # at most max_length of them, over the whole clip
     chosen = sample_frames(len(scores), config.max_length, rng)
     pose = load_part_kp(keypoints[chosen], scores[chosen])
+    if pose["body"].any():
+        return pose
+    # the few frames that show a body were not among these: take those that show most
+    keypoints, scores = stored
+    shown = seen_joints(keypoints, scores)[:, BODY].sum(1)  # (T,)
+    chosen = np.sort(np.argsort(-shown, kind="stable")[: len(chosen)])
+    return usable_parts(path, keypoints[chosen], scores[chosen])
+
+
+def usable_parts(path, keypoints, scores):
+    """`load_part_kp` of a clip that must show a body."""
+    pose = load_part_kp(keypoints, scores)
     if not pose["body"].any():
-        # the few frames that show a body were not among these: take those that show most
-        keypoints, scores = stored
-        shown = (scores[:, BODY] > THRESHOLD).sum(1)  # (T,)
-        chosen = np.sort(np.argsort(-shown, kind="stable")[: len(chosen)])
-        pose = load_part_kp(keypoints[chosen], scores[chosen])
-    if not pose["body"].any():
-        frames = len(stored[1])
-        raise DataError(f"{path}: no usable body joint in its {frames} frames; see on_bad_clip")
+        seen = seen_joints(keypoints, scores)[:, BODY].sum()
+        raise DataError(
+            f"{path}: no usable body ({seen} joints in {len(scores)} frames); see on_bad_clip"
+        )
     return pose
 
 
@@ -594,12 +596,11 @@ def augment_clip(keypoints, scores, rng, frames):
     aspect = rng.uniform(0.9, 1.1)
     turn = np.float32([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     turn[0] *= aspect
-    body = keypoints[:, BODY]
-    seen = (scores[:, BODY] > THRESHOLD) & np.isfinite(body).all(-1)
-    extent = np.ptp(body[seen], axis=0).max() if seen.any() else 0
+    motion = np.dstack([keypoints, scores])  # (frames, 133, 3)
+    _, extent, _ = crop_scale(motion[:, BODY], THRESHOLD)
     noise = rng.standard_normal((frames, len(USED), 2), np.float32)
     keypoints = keypoints @ turn  # (frames, 133, 2)
-    keypoints[:, USED] += np.float32(0.003 * extent) * noise
+    keypoints[:, USED] += 0.003 * np.float32(extent) * noise
     return keypoints, scores
 
 
@@ -623,7 +624,7 @@ def pad_poses(poses):
 
 def longest_first(lengths, batch_size):
     """Clips in batches of like length, for evaluation; memory fails in the first, not the last."""
-    return cut(by_length(np.arange(len(lengths)), lengths), batch_size)
+    return cut(by_length(range(len(lengths)), lengths), batch_size)
 
 
 def plan_epoch(lengths, config, epoch, rank=0, world=1):
@@ -637,33 +638,30 @@ def plan_epoch(lengths, config, epoch, rank=0, world=1):
     """
     rng = np.random.default_rng([config.seed, epoch])
     size = config.batch_size * config.gradient_accumulation * world  # clips in a window
-    order = rng.permutation(len(lengths))
+    order = rng.permutation(len(lengths)).tolist()
     whole = len(order) - len(order) % size
     windows = []
-    for begin in range(0, whole, 16 * size):
-        pool = order[begin : min(begin + 16 * size, whole)]
-        windows += list(by_length(pool, lengths).reshape(-1, size))
+    for pool in cut(order[:whole], 16 * size):
+        windows += cut(by_length(pool, lengths), size)
     rng.shuffle(windows)
     windows.append(by_length(order[whole:], lengths))
     plan = []
     number = rank
     for window in windows:
-        batches = cut(window, config.batch_size)
         # a turn: one batch for each process
-        for begin in range(0, len(batches), world):
-            turn = batches[begin : begin + world]
+        for turn in cut(cut(window, config.batch_size), world):
             counts = rank < len(turn)
-            plan.append((number + begin, turn[rank if counts else -1], counts))
-        number += len(batches)
+            plan.append((number, turn[rank if counts else -1], counts))
+            number += len(turn)
     return plan
 
 
 def by_length(clips, lengths):
-    return clips[np.argsort(-np.asarray(lengths)[clips], kind="stable")]
+    return sorted(clips, key=lambda clip: -lengths[clip])
 
 
-def cut(clips, size):
-    return [clips[begin : begin + size].tolist() for begin in range(0, len(clips), size)]
+def cut(rows, size):
+    return [rows[begin : begin + size] for begin in range(0, len(rows), size)]
 
 
 # ------------------------------------------------------------------------------- one pose file
@@ -832,9 +830,7 @@ def two_numbers(values, least, field, wanted, path):
 
 def in_pixels(keypoints, scores):
     """Whether the median coordinate of the usable joints is beyond what a normalised clip has."""
-    if not (keypoints > 2).any():  # most clips: this look is the quicker one
-        return False
-    seen = (scores > THRESHOLD) & np.isfinite(keypoints).all(-1)
+    seen = seen_joints(keypoints, scores)
     return bool(seen.any() and np.median(keypoints[seen]) > 2)
 
 
