@@ -13,24 +13,24 @@ Inf) is zero in all three.
 import gzip
 import io
 import json
-import math
 import os
 import pickle
 import re
 import reprlib
 import signal
 import tempfile
-import time
 import unicodedata
 import warnings
 from contextlib import contextmanager, suppress
 from hashlib import sha256
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -46,7 +46,7 @@ THRESHOLD = 0.3  # a joint at or below this confidence counts as not seen
 # Nose, ears, shoulders, elbows, wrists, as in Uni-Sign. The original took the hips instead of the
 # ears; in upper-body video they lie below the frame, and a guessed hip stretches the box that
 # everything is scaled by.
-BODY = [0, 3, 4, 5, 6, 7, 8, 9, 10]
+BODY = [0, *range(3, 11)]
 LEFT = list(range(91, 112))
 RIGHT = list(range(112, 133))
 PARTS = {"body": BODY, "left": LEFT, "right": RIGHT}
@@ -63,7 +63,6 @@ ENDING = re.compile(r"\.(pkl|npz|pose)$")  # of the pose files that are read
 POINTER = b"version https://git-lfs"
 VIDEO = re.compile(r"\.(mp4|avi|mov|mkv|webm|m4v|mpe?g|wmv)$", re.IGNORECASE)
 NORMALIZER = sentencepiece.SentencePieceNormalizer(rule_name="nmt_nfkc")  # mT5's
-CHECKED = {}  # pose file -> sha256 of contents that were read under guard, without harm
 
 
 class DataError(ValueError):
@@ -86,12 +85,7 @@ def load_dataset_file(path, problems=None):
     for a pickle that asks for more than data; where a list of problems is given, faulty entries go
     there and are left out.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(
-            f"{path}: no such label file; --data_dir names a folder with labels.train, .dev, .test"
-        )
-    entries, faults = read_guarded(read_labels, path)
+    entries, faults = read_guarded(read_labels, Path(path))
     # `check` names all faults of a corpus, training stops at the first kind
     if problems is not None:
         problems += faults
@@ -102,14 +96,13 @@ def load_dataset_file(path, problems=None):
 
 def read_labels(path):
     """-> entries, faults; runs under guard."""
-    raw = read_bytes(path)
-    if raw[:2] == b"\x1f\x8b":  # gzip's first bytes
-        with naming(path, "its gzip is damaged"):
-            raw = gzip.decompress(raw)
-    refuse_known(path, raw)
+    missing = "no such label file; --data_dir names a folder with labels.train, .dev, .test"
+    raw = read_bytes(path, missing)
     with naming(path, "neither a pickle nor JSON (gzipped or not), nor JSON lines"):
-        # a pickle's first opcode, of any protocol
-        if raw[:1] in (b"\x80", b"(", b"}", b"]", b"c"):
+        if raw.startswith(b"\x1f\x8b"):  # gzip's first bytes
+            raw = gzip.decompress(raw)
+        refuse_known(path, raw)
+        if raw[:1] in b"\x80(}]c":  # a pickle's first opcode, of any protocol
             data = unpickle(raw)
         else:
             data = parse_json(path, raw)
@@ -124,10 +117,12 @@ def read_labels(path):
     for key, entry in pairs:
         try:
             with naming(path, f"entry {key!a} is malformed"):
-                if isinstance(data, list) and isinstance(entry, dict):
+                if not isinstance(entry, dict):
+                    found = type(entry).__name__
+                    raise DataError(f"{path}: entry {key} is a {found}, no dict with name and text")
+                if isinstance(data, list):
                     # by its pose, with the folder: many clips may come from one video
-                    names = [entry.get(field) for field in ("pose", "pose_path", "video", "name")]
-                    key = ENDING.sub("", pose_name(next(filter(None, names), key)))
+                    key = ENDING.sub("", pose_name(entry, entry.get("video") or key))
                 key = str(key)
                 if key in entries:
                     raise DataError(f"{path}: entry {key} is there twice; rename or remove one")
@@ -150,7 +145,7 @@ def parse_json(path, raw):
 
     # Notepad's mark goes
     text = raw.decode("utf-8-sig").strip()
-    if text[:1] not in ("{", "["):
+    if text[:1] not in "{[":
         raise DataError(
             f"{path}: a table, or other text that is no JSON (it begins {text[:40]!r}): write "
             '{name: {"text": ..., "gloss": [...]}}'
@@ -185,18 +180,18 @@ def refuse_pointer(path):
             refuse_known(path, POINTER)
 
 
-def pose_name(name):
-    """A label's path of a pose or video -> the pose's within pose_format."""
-    return re.sub("^(./)*pose_format/", "", VIDEO.sub(".pkl", str(name).replace("\\", "/")))
+def pose_name(entry, otherwise):
+    """Where a label's entry says that its pose lies within pose_format."""
+    fields = ("pose", "pose_path", "video_path", "name")
+    named = next(filter(None, map(entry.get, fields)), otherwise)
+    path = VIDEO.sub(".pkl", str(named).replace("\\", "/"))
+    path = re.sub("^(./)*pose_format/", "", path)
+    return path if ENDING.search(path) else f"{path}.pkl"
 
 
 def make_entry(path, key, entry):
     """One entry, checked -> {name, text, gloss, pose}."""
     where = f"{path}: entry {key}"
-    if not isinstance(entry, dict):
-        raise DataError(
-            f"{where} is a {type(entry).__name__}, a dict with name and text was expected"
-        )
     text = entry.get("text")
     if not isinstance(text, str) or not normalise(text):
         found = reprlib.repr(text)
@@ -214,8 +209,7 @@ def make_entry(path, key, entry):
         found = reprlib.repr(gloss)
         raise DataError(f"{where} has glosses {found}, a list of words was expected")
     name = str(entry.get("name") or key)
-    pose = entry.get("pose") or entry.get("pose_path") or entry.get("video_path")
-    pose = pose_name(pose or (name if VIDEO.search(name) else f"{name}.pkl"))
+    pose = pose_name(entry, key)
     # a label must not make the loader read any file of the machine
     if leads_out(pose):
         raise DataError(f"{where}: {pose} is a path out of pose_format: refused")
@@ -281,7 +275,7 @@ def crop_scale(motion, thr):
     low = valid_coords.min(axis=0)
     high = valid_coords.max(axis=0)
     scale = float((high - low).max())
-    if not np.finfo(np.float32).tiny < scale < math.inf:
+    if not np.finfo(np.float32).tiny < scale < np.inf:
         return np.zeros(motion.shape, np.float32), 0, None
     offset = low / 2 + high / 2 - scale / 2  # halved first: a sum could overflow
     place = 2 * (place - offset) / scale - 1
@@ -318,15 +312,12 @@ class SignLanguageDataset(Dataset):
         self.config = config
         self.phase = phase
         self.label_path = Path(label_path)
-        self.pose_dir = self.label_path.parent / "pose_format"
         self.encode = None
         # labels, then poses: what is wrong is said before a model is built
         faulty = []  # entries, then clips
         self.entries = list(load_dataset_file(label_path, faulty).values())
         for entry in self.entries:
             entry["path"] = self._find(entry)
-        if config.output_dir:
-            Path(config.output_dir).mkdir(parents=True, exist_ok=True)
         self._inspect_all()  # gives each entry its report
         self._drop_bad(faulty, problems)
         self.begin_epoch(0)
@@ -353,42 +344,44 @@ class SignLanguageDataset(Dataset):
             # from seed, epoch and clip alone, so the same whatever process draws it
             rng = np.random.default_rng([self.config.seed, self.epoch, index])
         entry = self.entries[index]
-        CHECKED[entry["path"]] = entry["report"].digest
-        return read_clip(entry["path"], self.config, rng, self.frames[index])
+        digest = entry["report"].digest
+        return read_clip(entry["path"], self.config, rng, self.frames[index], digest)
+
+    @property
+    def lengths(self):
+        """Frames of each clip in this epoch, without partners: by these batches are sorted."""
+        # with them, batches that are all joined, or all not, learn less
+        return np.minimum(self.frames, self.config.max_length)
 
     def begin_epoch(self, epoch):
-        """Draw each clip's speed, and which are joined; lengths: by which batches are sorted."""
+        """Draw each clip's speed, and which are joined."""
         self.epoch = epoch
         self.frames = np.array([entry["report"].frames for entry in self.entries])
         self.partners = [()] * len(self)  # the clip that is played after this one, if any
-        limit = self.config.max_length
-        self.lengths = np.minimum(self.frames, limit)
         if self.phase != "train" or not self.config.augment:
             return
         rng = np.random.default_rng([self.config.seed, epoch])
-        # as often faster as slower: uniform in the logarithm
-        factors = np.exp(rng.uniform(np.log(0.8), np.log(1.25), len(self)))
-        self.frames = np.maximum(4, np.round(self.frames * factors).astype(int))
-        # without partners: batches that are all joined, or all not, learn less
-        self.lengths = np.minimum(self.frames, limit)
+        # as often faster as slower
+        factors = 1.25 ** rng.uniform(-1, 1, len(self))
+        self.frames = (self.frames * factors).round().astype(int).clip(4)
         # sentences that nobody signed: a sign must be found wherever it stands
         for index, other in enumerate(rng.permutation(len(self)).tolist()):
-            both = self.frames[index] + self.frames[other]
-            if both <= limit and self._fit(index, other) and rng.random() < self.config.join:
+            if self._fit(index, other) and rng.random() < self.config.join:
                 self.partners[index] = (other,)
 
     def _fit(self, index, other):
-        """Whether two clips' labels can be joined: not to be cut, and glosses for both or none."""
+        """Whether two clips can be joined: nothing to be cut, and glosses for both or none."""
+        frames = self.frames[index] + self.frames[other]
         first = self.entries[index]
         second = self.entries[other]
         # a piece has a character at least
-        characters = len(first["text"]) + len(second["text"]) + 2
-        alike = bool(first["gloss"]) == bool(second["gloss"])
-        return index != other and alike and characters <= self.config.max_text_length
+        characters = len(first["text"] + second["text"]) + 2
+        short = frames <= self.config.max_length and characters <= self.config.max_text_length
+        return index != other and short and bool(first["gloss"]) == bool(second["gloss"])
 
     def collate_fn(self, batch):
         """Items -> (src_input, tgt_input); attention_mask (B, T): 1 = real frame, 0 = padding."""
-        names, poses, texts, glosses = (list(column) for column in zip(*batch))
+        names, poses, texts, glosses = map(list, zip(*batch))
         # zeros after a clip's end, and a mask that tells
         src_input = pad_poses(poses)
         src_input["names"] = names
@@ -402,16 +395,16 @@ class SignLanguageDataset(Dataset):
     def _find(self, entry):
         """Where the entry's pose lies, in pose_format; a link may lead out."""
         # the pose as named, then its name and the entry's with each ending
-        stems = [ENDING.sub("", entry["pose"]), VIDEO.sub("", entry["name"])]
-        stems = [stem for stem in stems if not leads_out(stem)]
-        names = [stem + ending for stem in stems for ending in (".pkl", ".npz", ".pose")]
-        for name in [entry["pose"], *names]:
+        stems = [entry["pose"], ENDING.sub("", entry["pose"]), VIDEO.sub("", entry["name"])]
+        folder = self.label_path.parent / "pose_format"
+        for stem, ending in product(stems, ("", ".pkl", ".npz", ".pose")):
+            name = stem + ending
             apart = unicodedata.normalize("NFD", name)  # as macOS writes it
             for spelled in (name, unicodedata.normalize("NFC", name), apart):
-                path = self.pose_dir / spelled
-                if os.path.isfile(path):  # False, too, for what can be no file's name
-                    return path
-        return self.pose_dir / entry["pose"]
+                # False, too, for what can be no file's name
+                if os.path.isfile(folder / spelled) and not leads_out(name):
+                    return folder / spelled
+        return folder / entry["pose"]
 
     def _inspect_all(self):
         """Inspect each file, or take what an earlier run found for the same size and time."""
@@ -421,23 +414,24 @@ class SignLanguageDataset(Dataset):
         if folder:
             # none yet, or one that another version wrote: it only saves time
             with suppress(OSError, ValueError, TypeError, AttributeError):
-                known = json.loads(cache.read_text(encoding="utf-8"))
+                known = json.loads(cache.read_text())
                 reports = {key: ClipReport(**report) for key, report in known.items()}
-        paths = [entry["path"] for entry in self.entries]
-        keys = [file_key(path) for path in paths]
-        todo = {key: path for path, key in zip(paths, keys) if key not in reports}
+        keys = [file_key(entry["path"]) for entry in self.entries]
+        todo = {}
+        for key, entry in zip(keys, self.entries):
+            if key not in reports:
+                todo[key] = entry["path"]
         found = guarded(inspect_clip, list(todo.values()), os.cpu_count())
-        title = f"reading {self.label_path.name}"
-        for key, report in zip(todo, tqdm(found, title, len(todo), leave=False, disable=None)):
-            if isinstance(report, Exception):
-                report = ClipReport(problem=str(report))
-            reports[key] = ClipReport(*report)
+        bar = tqdm(found, f"reading {self.label_path.name}", len(todo), leave=False, disable=None)
+        for key, (error, report) in zip(todo, bar):
+            reports[key] = ClipReport(problem=report) if error else ClipReport(*report)
         for entry, key in zip(self.entries, keys):
             entry["report"] = reports[key]
         if folder and todo:
             # what could not be read may be mended, or there, the next time
             sound = {key: reports[key]._asdict() for key in keys if not reports[key].problem}
-            cache.write_text(json.dumps(sound), encoding="utf-8")
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            cache.write_text(json.dumps(sound))
 
     def _drop_bad(self, bad, problems):
         """Leave out what is bad, or refuse the set, as on_bad_clip says; problems takes names."""
@@ -482,28 +476,14 @@ class ClipReport(NamedTuple):
 
 def inspect_clip(path):
     """One pose file -> ClipReport; runs under guard."""
-    raw = read_pose_bytes(path)
+    raw = read_bytes(path)
     keypoints, scores = parse_pose(path, raw)
     usable_parts(path, keypoints, scores)
     # counts for the report of `check`
     seen = seen_joints(keypoints, scores)  # (T, 133)
     finite = np.isfinite(keypoints).all(-1) & np.isfinite(scores)  # (T, 133)
     has_hand = seen[:, [LEFT[0], RIGHT[0]]].any(1)  # (T,): by the hands' first joints
-    return ClipReport(
-        len(seen),
-        *(100 * (~seen[:, joints]).mean() for joints in PARTS.values()),
-        no_hand=100 * (~has_hand).mean(),
-        not_finite=int((~finite[:, USED]).sum()),
-        in_pixels=in_pixels(keypoints, scores),
-        digest=sha256(raw).hexdigest(),
-        odd=oddities(keypoints, scores),
-    )
-
-
-@np.errstate(all="ignore")
-def oddities(keypoints, scores):
-    """What looks wrong in a clip, each with what to do."""
-    seen = scores > THRESHOLD  # (T, 133)
+    # what looks wrong, each with what to do
     odd = []
     if len(scores) == 1:
         odd.append("one frame only: is time the first axis?")
@@ -511,16 +491,22 @@ def oddities(keypoints, scores):
         odd.append("scores far above 1: bring them to 0..1, or nothing counts as unseen")
     if (seen & (keypoints == 0).all(-1))[:, USED].any():
         odd.append("joints at exactly (0, 0) with a high score: score them 0 where they are unseen")
-    # frames in which the wrists are nearer to the other's shoulder; crossed arms are brief
-    both = seen[:, [5, 6, 9, 10]].all(1)  # (T,)
-    shoulders = keypoints[both][:, [5, 6]]  # (frames, 2, 2)
-    wrists = keypoints[both][:, [9, 10]]
-    # left to left and right to right, then across
-    own = np.linalg.norm(wrists - shoulders, axis=-1).sum(1)  # (frames,)
-    other = np.linalg.norm(wrists - shoulders[:, ::-1], axis=-1).sum(1)
-    if both.mean() > 0.5 and (own > other).mean() > 0.8:
+    # frames in which the wrists lie the other way round than the shoulders; crossed arms are brief
+    both = keypoints[seen[:, [5, 6, 9, 10]].all(1)]  # (frames that show them, 133, 2)
+    shoulders = both[:, 5] - both[:, 6]  # (frames, 2)
+    wrists = both[:, 9] - both[:, 10]
+    across = (shoulders * wrists).sum(1) < 0  # (frames,)
+    if len(both) > 0.5 * len(seen) and across.mean() > 0.8:
         odd.append("each wrist beside the other shoulder: are left and right exchanged?")
-    return odd
+    return ClipReport(
+        len(seen),
+        *(100 * (~seen[:, joints]).mean() for joints in PARTS.values()),
+        no_hand=100 * (~has_hand).mean(),
+        not_finite=int((~finite[:, USED]).sum()),
+        in_pixels=in_pixels(keypoints, scores),
+        digest=sha256(raw).hexdigest(),
+        odd=odd,
+    )
 
 
 def file_key(path):
@@ -534,17 +520,17 @@ def file_key(path):
 # ------------------------------------------------------------------------------- clips -> batches
 
 
-def read_clip(path, config, rng=None, frames=None):
+def read_clip(path, config, rng=None, frames=None, digest=""):
     """The one way from a pose file to {body, left, right}: training, evaluation, a single clip.
 
-    rng: draws for training; with config.augment the clip is played in so many frames. Raises as
-    `load_pose_file` does.
+    rng: draws for training; with config.augment the clip is played in so many frames. digest as in
+    `load_pose_file`, and its errors.
     """
-    stored = load_pose_file(path)
+    stored = load_pose_file(path, digest)
     keypoints, scores = stored
     # on the clip as it was stored; its box is taken afterwards
     if rng is not None and config.augment:
-        keypoints, scores = augment_clip(keypoints, scores, rng, frames or len(scores))
+        keypoints, scores = augment_clip(keypoints, scores, rng, frames)
         # left-handed signers are few in any corpus
         if rng.random() < config.mirror:
             keypoints, scores = mirror(keypoints, scores)
@@ -582,13 +568,13 @@ def sample_frames(frames, max_length, rng=None):
 
 
 @np.errstate(all="ignore")  # any numbers may stand there
-def augment_clip(keypoints, scores, rng, frames):
+def augment_clip(keypoints, scores, rng, frames=None):
     """keypoints (T, 133, 2), scores (T, 133) -> the same motion in so many frames, seen otherwise.
 
     Tilt up to 10 degrees, aspect up to 10 %, noise of 0.3 % of the body's extent.
     """
     # speed: frames are left out or shown twice
-    chosen = np.linspace(0, len(scores) - 1, frames).round().astype(int)
+    chosen = np.linspace(0, len(scores) - 1, frames or len(scores)).round().astype(int)
     keypoints = keypoints[chosen]  # (frames, 133, 2)
     scores = scores[chosen]
     # tilt and aspect, in one matrix
@@ -598,7 +584,7 @@ def augment_clip(keypoints, scores, rng, frames):
     turn[0] *= aspect
     motion = np.dstack([keypoints, scores])  # (frames, 133, 3)
     _, extent, _ = crop_scale(motion[:, BODY], THRESHOLD)
-    noise = rng.standard_normal((frames, len(USED), 2), np.float32)
+    noise = rng.standard_normal(keypoints[:, USED].shape, np.float32)
     keypoints = keypoints @ turn  # (frames, 133, 2)
     keypoints[:, USED] += 0.003 * np.float32(extent) * noise
     return keypoints, scores
@@ -614,11 +600,10 @@ def pad_poses(poses):
     batch = {}
     for part in PARTS:
         clips = [pose[part] for pose in poses]
-        batch[part] = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True)  # (B, T, V, 3)
-    lengths = torch.tensor([len(pose["body"]) for pose in poses])  # (B,)
-    frames = torch.arange(int(lengths.max()))  # (T,)
-    batch["attention_mask"] = (frames[None] < lengths[:, None]).long()  # (B, T)
-    batch["src_length"] = lengths
+        batch[part] = pad_sequence(clips, batch_first=True)  # (B, T, V, 3)
+    ones = [torch.ones(len(pose["body"]), dtype=torch.long) for pose in poses]
+    batch["attention_mask"] = pad_sequence(ones, batch_first=True)  # (B, T)
+    batch["src_length"] = batch["attention_mask"].sum(1)  # (B,)
     return batch
 
 
@@ -667,19 +652,19 @@ def cut(rows, size):
 # ------------------------------------------------------------------------------- one pose file
 
 
-def load_pose_file(path):
+def load_pose_file(path, digest=""):
     """One clip -> (keypoints (T, 133, 2), scores (T, 133)), float32; pixels are divided by w_h.
 
     .pkl holds arrays, nested lists or lists of an array a frame, as `all_frames` takes them, and
     may hold start, end (frames, end exclusive) and w_h; .npz holds the same as arrays, nothing
     pickled; .pose is read by the package pose-format. Without scores the keypoints' third channel
-    is taken. Raises DataError naming the file, pickle.UnpicklingError for a pickle that asks for
+    is taken. digest: sha256 of contents that were read under guard before, without harm: they need
+    none again. Raises DataError naming the file, pickle.UnpicklingError for a pickle that asks for
     more.
     """
     path = Path(path)
-    raw = read_pose_bytes(path)
-    # what the check before training has survived needs no guard again
-    if CHECKED.get(path) == sha256(raw).hexdigest():
+    raw = read_bytes(path)
+    if sha256(raw).hexdigest() == digest:
         return parse_pose(path, raw)
     clip = np.float32(read_guarded(pose_as_list, path))  # (T, 133, 3)
     return clip[..., :2], clip[..., 2]
@@ -687,31 +672,22 @@ def load_pose_file(path):
 
 def pose_as_list(path):
     """x, y and score of every joint of every frame; runs under guard."""
-    keypoints, scores = parse_pose(path, read_pose_bytes(path))
-    return np.concatenate([keypoints, scores[..., None]], -1).tolist()
-
-
-def read_pose_bytes(path):
-    if not os.path.isfile(path):
-        raise DataError(f"{path}: no such pose file")
-    return read_bytes(path)
+    return np.dstack(parse_pose(path, read_bytes(path))).tolist()
 
 
 def parse_pose(path, raw):
     """A pose file's bytes -> keypoints (T, 133, 2), scores (T, 133), float32."""
-    with naming(path, f"not a readable {path.suffix[1:]} file"), np.errstate(all="ignore"):
+    with naming(path, f"not a readable {path.suffix[1:]} file"):
         if path.suffix == ".npz":
-            with np.load(io.BytesIO(raw), allow_pickle=False) as archive:
-                data = dict(archive)
+            data = dict(np.load(io.BytesIO(raw), allow_pickle=False))
         elif path.suffix == ".pose":
             data = read_pose_format(path, raw)
         else:
             refuse_known(path, raw)
             data = unpickle(raw)
         if not isinstance(data, dict) or "keypoints" not in data:
-            raise DataError(
-                f"{path}: keypoints and scores were expected, found {reprlib.repr(data)}"
-            )
+            found = reprlib.repr(data)
+            raise DataError(f"{path}: keypoints and scores were expected, found {found}")
         keypoints = all_frames(data["keypoints"], "keypoints", path)  # (T, 133, 2 or 3)
         scores = keypoints[..., 2:]
         if "scores" in data:
@@ -722,20 +698,25 @@ def parse_pose(path, raw):
                 f"{path}: keypoints {keypoints.shape} and scores {scores.shape} do not fit; "
                 "(T, 133, 2) and (T, 133, 1) were expected, or (T, 133, 3), the last the score"
             )
-        keypoints = keypoints[..., :2]
-        scores = scores[..., 0]
-        count = len(scores)
+        clip = np.dstack([keypoints[..., :2], scores])  # (T, 133, 3)
         start = data.get("start") or 0
-        end = count if data.get("end") is None else data["end"]
-        start, end = two_numbers([start, end], 0, "[start, end]", "two frame numbers", path)
-        if start >= min(end, count):
-            raise DataError(f"{path}: start {start}, end {end} select no frame of {count}")
-        keypoints = keypoints[int(start) : int(end)]
-        scores = scores[int(start) : int(end)]
+        end = data.get("end")
+        if end is None:
+            end = len(clip)
+        with naming(path, f"start {start!r}, end {end!r} select no frame of {len(clip)}"):
+            clip = clip[int(start) : int(end)]
+            if not len(clip) or min(start, end) < 0:
+                raise IndexError("out of range")
+        keypoints = clip[..., :2]
+        scores = clip[..., 2]
         # by their values: w_h is on normalised clips, too
-        if data.get("w_h") is not None and in_pixels(keypoints, scores):
-            size = two_numbers(data["w_h"], 1, "w_h", "[width, height] in pixels", path)
-            keypoints = keypoints / np.float32(size)
+        size = data.get("w_h")
+        if size is not None and in_pixels(keypoints, scores):
+            with naming(path, f"w_h is {reprlib.repr(size)} instead of [width, height] in pixels"):
+                size = np.asarray(size, np.float32).reshape(2)
+                if not (size >= 1).all():
+                    raise ValueError("too small")
+            keypoints = keypoints / size
         return keypoints, scores
 
 
@@ -750,14 +731,14 @@ def all_frames(value, field, path):
     if isinstance(value, (list, tuple)):
         # None and an empty list are a frame with nobody
         frames = [np.asarray([] if frame is None else frame) for frame in value]
-        shown = [frame for frame in frames if frame.size]
+        shown = [frame.shape for frame in frames if frame.size]
         if shown and len({frame.shape for frame in frames}) > 1:  # persons come and go
             # axes of one person: (133, 2), or (133,) for bare scores
-            usual = 1 if field == "scores" and shown[0].shape[-1] == JOINTS else 2
-            firsts = [frame.reshape(-1, *frame.shape[-usual:])[:1] for frame in shown]
-            nobody = np.zeros_like(firsts[0])
-            rest = iter(firsts)
-            frames = [next(rest) if frame.size else nobody for frame in frames]
+            axes = 1 if field == "scores" and shown[0][-1] == JOINTS else 2
+            person = shown[0][-axes:]
+            nobody = np.zeros((1, *person))
+            people = [frame if frame.size else nobody for frame in frames]
+            frames = [frame.reshape(-1, *person)[0] for frame in people]
         value = np.stack(frames)
     # now with every axis; what is found is said as it stood there
     array = np.asarray(value)
@@ -781,7 +762,7 @@ POSE_FORMAT_BODY = "nose lear rear lshoulder rshoulder lelbow relbow lwrist rwri
 
 
 def read_pose_format(path, raw):
-    """A .pose file's first person, in pixels over the header's size: {keypoints, scores}.
+    """A .pose file's first person, in pixels over the header's size, the score third.
 
     Joints are found by their names (COCO-WholeBody, MediaPipe Holistic, OpenPose); those that the
     header lacks are unseen.
@@ -791,41 +772,32 @@ def read_pose_format(path, raw):
     except ImportError:
         raise DataError(f"{path}: .pose files need a package: pip install pose-format") from None
     pose = Pose.read(raw)
-    body = POSE_FORMAT_BODY.split()
-    source = {}  # our joint -> its place in the file
-    place = 0
+    body = dict(zip(POSE_FORMAT_BODY.split(), BODY))
+    joints = []  # ours, for each point of the file; None: a point that is not read
     for component in pose.header.components:
         kind = component.name.lower()
-        hand = LEFT if "left" in kind else RIGHT
-        for number, point in enumerate(component.points):
-            name = point.lower().replace("_", "").replace("left", "l").replace("right", "r")
-            if "hand" not in kind and "world" not in kind and name in body:
-                source[BODY[body.index(name)]] = place
-            elif "hand" in kind and len(component.points) == len(hand):
-                source[hand[number]] = place
-            place += 1
-    if not {5, 6, LEFT[0], RIGHT[0]} <= source.keys():
+        names = [
+            point.lower().replace("_", "").replace("left", "l").replace("right", "r")
+            for point in component.points
+        ]
+        if "hand" in kind and len(names) == len(LEFT):
+            joints += LEFT if "left" in kind else RIGHT
+        elif "world" in kind:  # the body again, in metres
+            joints += [None] * len(names)
+        else:
+            joints += [body.get(name) for name in names]
+    found = [joint for joint in USED if joint in joints]
+    if not {5, 6, LEFT[0], RIGHT[0]}.issubset(found):
         names = ", ".join(component.name for component in pose.header.components)
         raise DataError(f"{path}: its header has no shoulders or not both hands, only {names}")
+    places = [joints.index(joint) for joint in found]
+    data = np.asarray(pose.body.data)[:, 0, places, :2]  # (T, joints, 2), the first person
     # pixels -> 0..1
     size = pose.header.dimensions
-    places = list(source.values())
-    data = np.asarray(pose.body.data)[:, 0, places, :2]  # (T, joints, 2), the first person
-    keypoints = np.zeros((len(data), JOINTS, 2))
-    keypoints[:, list(source)] = data / [size.width, size.height]
-    scores = np.zeros((len(data), JOINTS))
-    scores[:, list(source)] = np.asarray(pose.body.confidence)[:, 0, places]
-    return {"keypoints": keypoints, "scores": scores}
-
-
-def two_numbers(values, least, field, wanted, path):
-    """A list or array of two numbers, finite and not below least -> list of floats."""
-    with suppress(TypeError, ValueError, OverflowError):
-        values = np.asarray(values).tolist()
-        numbers = [float(value) for value in values]
-        if len(numbers) == 2 and all(least <= number < math.inf for number in numbers):
-            return numbers
-    raise DataError(f"{path}: {field} is {reprlib.repr(values)} instead of {wanted}")
+    clip = np.zeros((len(data), JOINTS, 3))
+    clip[:, found, :2] = data / [size.width, size.height]
+    clip[:, found, 2] = np.asarray(pose.body.confidence)[:, 0, places]
+    return {"keypoints": clip}
 
 
 def in_pixels(keypoints, scores):
@@ -843,14 +815,14 @@ class Refused(DataError, pickle.UnpicklingError):
 
 def read_guarded(read, path):
     """read(path), of one file. Raises the error that names it."""
-    (result,) = guarded(read, [path])
-    if isinstance(result, Exception):
-        raise result
-    return result
+    ((error, content),) = guarded(read, [path])
+    if error:
+        raise ERRORS[error](content)
+    return content
 
 
 def guarded(read, paths, children=1):
-    """Yield for each path what read(path) gives, in JSON's types, or the error that names the path.
+    """Yield for each path ("", what read(path) gives, in JSON's types), or (an error's name, text).
 
     What Python and numpy do with hostile bytes cannot be bounded from inside: a deep tuple ends the
     process, a kilobyte takes all memory. So forked children read, within limits; one that dies
@@ -865,14 +837,14 @@ def guarded(read, paths, children=1):
                 readers[turn] = start_reader(read, paths[number::children])
             line = readers[turn][1].readline() if resource else outcome(read, path)
             if line.endswith("\n"):
-                kind, content = json.loads(line)
-                yield ERRORS[kind](content) if kind else content
+                yield json.loads(line)
             else:
                 _, status = stop_reader(*readers.pop(turn))
-                yield DataError(
+                reason = (
                     f"{path}: it ended the process that read it (signal {os.WTERMSIG(status)}): it "
                     f"takes over {MAX_SECONDS} CPU seconds, or is made to crash Python; remove it"
                 )
+                yield "DataError", reason
     finally:
         for reader in readers.values():
             stop_reader(*reader)
@@ -884,7 +856,7 @@ def start_reader(read, paths):
     child = os.fork()
     if child:
         os.close(sink)
-        return child, open(source, encoding="utf-8")
+        return child, open(source)
     try:  # in the child, which never comes back to the caller's code
         os.close(source)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's matter
@@ -893,14 +865,10 @@ def start_reader(read, paths):
             pages = int(Path("/proc/self/statm").read_text().split()[0])
             memory = pages * resource.getpagesize() + MAX_MEMORY
             resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-        _, most = resource.getrlimit(resource.RLIMIT_CPU)
-        with open(sink, "w", encoding="utf-8") as results:
+        with open(sink, "w", buffering=1) as results:  # a line is sent once it is whole
             for path in paths:
-                seconds = math.ceil(time.process_time()) + MAX_SECONDS
-                with suppress(ValueError):  # a tighter limit holds already
-                    resource.setrlimit(resource.RLIMIT_CPU, (seconds, most))
+                signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS)  # then a signal ends the child
                 results.write(outcome(read, path))
-                results.flush()
     finally:
         os._exit(0)
 
@@ -928,7 +896,8 @@ ERRORS = {"DataError": DataError, "Refused": Refused}
 def naming(path, what, kind=DataError):
     """Whatever a file's bytes make Python raise becomes an error that names the file."""
     try:
-        yield
+        with np.errstate(all="ignore"):  # any numbers may stand there
+            yield
     except Exception as error:  # of any kind: the bytes are anybody's
         if isinstance(error, (kind, Refused)) and str(path) in str(error):
             raise  # it is one already
@@ -951,7 +920,9 @@ def check_size(path, size, what="holds"):
         raise DataError(f"{path}: {what} {size:,} bytes, over {MAX_BYTES:,}; is it the right file?")
 
 
-def read_bytes(path):
+def read_bytes(path, missing="no such pose file"):
+    if not os.path.isfile(path):
+        raise DataError(f"{path}: {missing}")
     check_size(path, path.stat().st_size)
     raw = path.read_bytes()
     if not raw:
@@ -1042,7 +1013,8 @@ DEMO_SPLITS = {"train": 1600, "dev": 120, "test": 120}
 # to conjugate. A hand is its wrist, the turn of its palm, and how straight each finger is.
 DEMO_HEAD = [0.55, 0, 0, 0.57 + 0.17j, 0.57 - 0.17j, 0.5j, -0.5j]  # nose to shoulders, no eyes
 DEMO_REST = np.array([-1.6 + 0.6j, 1, *[0.6] * 5])  # the left hand; conjugated: the right one
-DEMO_FAN = np.exp(0.3j * np.arange(-2, 3))  # the fingers' directions, thumb to little finger
+# the fingers' directions, thumb to little finger, of the left hand and of the right one
+DEMO_FAN = np.exp(0.3j * np.outer([-1, 1], np.arange(-2, 3)))  # (2, 5)
 
 
 def make_demo_corpus(data_dir, seed=0, splits=None):
@@ -1056,13 +1028,12 @@ def make_demo_corpus(data_dir, seed=0, splits=None):
     data_dir = Path(data_dir)
     splits = splits or DEMO_SPLITS
     rng = np.random.default_rng(seed)
-    if data_dir.exists() and (not data_dir.is_dir() or any(data_dir.iterdir())):
+    if data_dir.is_file() or any(data_dir.glob("*")):
         raise DataError(f"{data_dir}: is there and not an empty folder; remove it or name another")
     # as many different sentences as all splits need: none is in two
     sentences = {}
     while len(sentences) < sum(splits.values()):
-        text, gloss = demo_sentence(rng)
-        sentences[text] = gloss  # by their texts: none comes twice
+        sentences.update([demo_sentence(rng)])  # by their texts: none comes twice
     rows = iter(sentences.items())
     signs = demo_signs()
     data_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -1082,9 +1053,9 @@ def make_demo_corpus(data_dir, seed=0, splits=None):
                     "w_h": [512, 512],
                 }
                 pose = corpus / "pose_format" / f"{name}.pkl"
-                pose.write_bytes(pickle.dumps(clip, protocol=4))
+                pose.write_bytes(pickle.dumps(clip))
                 labels[name] = {"name": name, "gloss": gloss, "text": text}
-            packed = gzip.compress(pickle.dumps(labels, protocol=4), mtime=0)
+            packed = gzip.compress(pickle.dumps(labels), mtime=0)
             (corpus / f"labels.{split}").write_bytes(packed)
         # whole or not at all
         os.replace(corpus, data_dir)
@@ -1127,18 +1098,18 @@ def demo_clip(signs, rng):
     times = np.cumsum(rng.uniform(3, 5, len(keys)))
     frames = np.arange(times[0], times[-1], rng.uniform(0.8, 1.25))  # the signer's speed
     track = np.stack([np.interp(frames, times, key) for key in keys.T], -1)  # (T, 14)
+    hands = track.reshape(-1, 2, 7)  # (T, 2, 7)
 
     # joints; legs and face, which nothing reads, stay a dot
     points = np.zeros((len(frames), JOINTS), complex)  # (T, 133)
     points[:, :7] = DEMO_HEAD
-    for side, joints in enumerate((LEFT, RIGHT)):
-        hand = track[:, 7 * side : 7 * side + 7]  # (T, 7)
-        fan = DEMO_FAN if side else DEMO_FAN.conj()
-        fingers = (hand[:, 1:2] * hand[:, 2:] * fan)[..., None]  # (T, 5, 1)
-        points[:, joints] = hand[:, :1]
-        points[:, joints[1:]] += (fingers * 0.08 * np.arange(1, 5)).reshape(-1, 20)
-        points[:, 9 + side] = hand[:, 0]
-        points[:, 7 + side] = (points[:, 5 + side] + hand[:, 0]) / 2 - 0.25  # elbow
+    wrists = hands[..., 0]  # (T, 2)
+    points[:, 9:11] = wrists
+    points[:, 7:9] = (DEMO_HEAD[5:] + wrists) / 2 - 0.25  # elbows
+    fingers = (hands[..., 1:2] * hands[..., 2:] * DEMO_FAN)[..., None]  # (T, 2, 5, 1)
+    fingers = (fingers * 0.08 * np.arange(1, 5)).reshape(-1, 2, 20)  # (T, 2, 20)
+    palms = hands[..., :1]  # (T, 2, 1)
+    points[:, 91:] = np.dstack([palms, palms + fingers]).reshape(-1, 42)  # (T, 42)
 
     # the signer's size, tilt, place and aspect; the detector's noise
     size = rng.uniform(0.14, 0.26)
@@ -1152,4 +1123,4 @@ def demo_clip(signs, rng):
         if rng.random() < 0.3:  # the hand drops out for some frames
             begin = rng.integers(len(points))
             scores[begin : begin + 3, joints] = 0.1
-    return keypoints.astype(np.float32), scores.astype(np.float32)
+    return np.float32(keypoints), np.float32(scores)

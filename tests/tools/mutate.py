@@ -77,18 +77,18 @@ TABLE = {
             ("RIGHT_WRIST = BODY.index(10)", "RIGHT_WRIST = BODY.index(9)"),
         ],
         BITES + "arms": [
-            ("points[:, 7 + side] =", "points[:, 8 - side] ="),
-            ("points[:, 9 + side] =", "points[:, 10 - side] ="),
-            ("(points[:, 5 + side] +", "(points[:, 6 - side] +"),
+            ("points[:, 7:9] =", "points[:, [8, 7]] ="),
+            ("points[:, 9:11] =", "points[:, [10, 9]] ="),
+            ("(DEMO_HEAD[5:] +", "(DEMO_HEAD[:4:-1] +"),
         ],
         DATASETS + "threshold": [
             ("THRESHOLD = 0.3", "THRESHOLD = 0.4"),
-            ("(motion[..., 2] > thr)", "(motion[..., 2] >= thr)"),
+            ("(scores > thr)", "(scores >= thr)"),
         ],
         BITES + "box": [
             ("(high - low).max()", "(high - low).min()"),
             ("- scale / 2  # halved", "- (high - low) / 2  # halved"),
-            ("place = (place - place[:, :1]) / scale", "place = place / scale"),
+            ("(motion[..., :2] - motion[:, :1, :2]) / scale", "motion[..., :2] / scale"),
         ],
         DATASETS + "four_usable": [("len(valid_coords) < 4", "len(valid_coords) < 3")],
         BITES + "without_a_body": [("scale > 0  # or", "scale >= 0  # or")],
@@ -104,16 +104,16 @@ TABLE = {
         BITES + "speeds": [
             ("([self.config.seed, epoch])", "([self.config.seed])"),
             ("([self.config.seed, epoch])", "([epoch])"),
-            ("np.log(1.25), len(self)", "np.log(1.25), 1"),
-            ("np.log(0.8), np", "np.log(0.9), np"),
+            ("uniform(-1, 1, len(self))", "uniform(-1, 1, 1)"),
+            ("uniform(-1, 1, len(self))", "uniform(-0.5, 1, len(self))"),
             ('self.phase != "train" or not self.config.augment', "self.config.augment"),
-            ("np.exp(rng.uniform(np.log(0.8), np.log(1.25),", "(rng.uniform(0.8, 1.25,"),
+            ("1.25 ** rng.uniform(-1, 1,", "rng.uniform(0.8, 1.25,"),
         ],
         BITES + "tilts": [
             ("rng.uniform(-10, 10)", "rng.uniform(-5, 5)"),
             ("rng.uniform(0.9, 1.1)", "rng.uniform(0.8, 1.2)"),
-            ("0.003 * extent", "0.01 * extent"),
-            ("0.003 * extent", "0.003"),
+            ("0.003 * np.float32(extent)", "0.01 * np.float32(extent)"),
+            ("0.003 * np.float32(extent)", "0.003"),
             ("turn[0] *= aspect", "turn *= aspect"),
             ("keypoints[:, USED] +=", "keypoints[:, : len(USED)] +="),
         ],
@@ -126,10 +126,10 @@ TABLE = {
             ('if self.phase == "train":\n            # from', "if True:\n            # from"),
         ],
         DATASETS + "joined or epochs_lengths or do_not_fit": [
-            ("if both <= limit and", "if"),
-            ("return index != other and alike and", "return index != other and"),
-            ("return index != other and alike", "return alike"),
-            ("alike and characters <= self.config.max_text_length", "alike"),
+            ("frames <= self.config.max_length and", ""),
+            ('bool(first["gloss"]) == bool(second["gloss"])', "True"),
+            ("return index != other and short", "return short"),
+            (" and characters <= self.config.max_text_length", ""),
             ("rng.random() < self.config.join", "rng.random() > self.config.join"),
             ('between = "" if', 'between = " " if'),
             ("for clip in clips]\n        poses", "for clip in [index] * 2]\n        poses"),
@@ -154,13 +154,13 @@ TABLE = {
         DATASETS + "outside_of_pose_format or leads_out": [
             ('is_absolute() or ".." in Path(name).parts', "is_absolute()"),
             ('Path(name).is_absolute() or ".."', '".."'),
-            ("if not leads_out(stem)]", "]"),
+            (" and not leads_out(name)", ""),
         ],
         BITES + "clip_is_counted": [
-            ("seen = (scores > THRESHOLD) & finite", "seen = scores > THRESHOLD"),
+            ("seen = seen_joints(keypoints, scores)  # (T, 133)", "seen = scores > THRESHOLD"),
             ("[LEFT[0], RIGHT[0]]].any(1)", "[LEFT[0], RIGHT[0]]].all(1)"),
-            ("(finite & np.isfinite(scores))[:, USED]", "(finite & np.isfinite(scores))"),
-            ("(finite & np.isfinite(scores))[:, USED]", "finite[:, USED]"),
+            ("(~finite[:, USED])", "(~finite)"),
+            (".all(-1) & np.isfinite(scores)", ".all(-1)"),
             ("np.median(keypoints[seen]) > 2", "np.median(keypoints[seen]) > 2000"),
         ],
         BITES + "size_limit": [
@@ -173,12 +173,12 @@ TABLE = {
             ("turn = number % children", "turn = 0"),
         ],
         DATASETS + "start_and_end": [
-            ("keypoints[int(start) : int(end)]", "keypoints[int(start) :]"),
+            ("clip[int(start) : int(end)]", "clip[int(start) :]"),
             ('data.get("start") or 0', "0"),
         ],
         DATASETS + "pixels": [
             ("is not None and in_pixels(", "is not None or in_pixels("),
-            ("keypoints / np.float32(size)", "keypoints / np.float32(size[::-1])"),
+            ("keypoints / size", "keypoints / size[::-1]"),
         ],
         FUZZ + "damaged_npz": [('if path.suffix == ".npz":', "if False:")],
         DATASETS + "silent_loss": [("if key in entries:", "if False:")],
@@ -186,21 +186,18 @@ TABLE = {
             ("number = rank\n", "number = 0\n"),
             ("counts = rank < len(turn)", "counts = True"),
             ("turn[rank if counts else -1]", "turn[-1]"),
-            ("number += len(batches)", "number += 1"),
+            ("number += len(turn)", "number += 1"),
         ],
         DATASETS + "window_is_divided": [
             ("config.gradient_accumulation * world", "config.gradient_accumulation"),
         ],
         DATASETS + "order_follows or longest or waste": [
             ("([config.seed, epoch])\n    size", "([config.seed])\n    size"),
-            ("np.argsort(-np.asarray(lengths)[clips]", "np.argsort(np.asarray(lengths)[clips]"),
-            (
-                "return clips[np.argsort(-np.asarray(lengths)[clips], ",
-                "return clips[np.argsort(0 * clips, ",
-            ),
+            ("key=lambda clip: -lengths[clip]", "key=lambda clip: lengths[clip]"),
+            ("key=lambda clip: -lengths[clip]", "key=lambda clip: 0"),
         ],
         DATASETS + "padded_with_zeros": [
-            ("lengths[:, None]).long()", "lengths[:, None] + 1).long()")
+            ('torch.ones(len(pose["body"]),', 'torch.ones(1 + len(pose["body"]),')
         ],
     },
     "models_lite.py": {
