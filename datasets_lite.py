@@ -24,6 +24,7 @@ import warnings
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from itertools import product
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import NamedTuple
 
@@ -269,14 +270,15 @@ def crop_scale(motion, thr):
     place = motion[..., :2].astype(np.float32)  # (T, V, 2)
     usable = seen_joints(place, motion[..., 2], thr)  # (T, V)
     valid_coords = place[usable]  # (usable joints, 2)
+    nothing = np.zeros(motion.shape, np.float32)
     if len(valid_coords) < 4:
-        return np.zeros(motion.shape, np.float32), 0, None
+        return nothing, 0, None
     # the box over the whole clip, so that motion stays motion
     low = valid_coords.min(axis=0)
     high = valid_coords.max(axis=0)
     scale = float((high - low).max())
     if not np.finfo(np.float32).tiny < scale < np.inf:
-        return np.zeros(motion.shape, np.float32), 0, None
+        return nothing, 0, None
     offset = low / 2 + high / 2 - scale / 2  # halved first: a sum could overflow
     place = 2 * (place - offset) / scale - 1
     return only_usable(place, motion, usable), scale, offset
@@ -423,8 +425,10 @@ class SignLanguageDataset(Dataset):
                 todo[key] = entry["path"]
         found = guarded(inspect_clip, list(todo.values()), os.cpu_count())
         bar = tqdm(found, f"reading {self.label_path.name}", len(todo), leave=False, disable=None)
-        for key, (error, report) in zip(todo, bar):
-            reports[key] = ClipReport(problem=report) if error else ClipReport(*report)
+        for key, report in zip(todo, bar):
+            if isinstance(report, DataError):
+                report = ClipReport(problem=str(report))
+            reports[key] = report
         for entry, key in zip(self.entries, keys):
             entry["report"] = reports[key]
         if folder and todo:
@@ -436,7 +440,6 @@ class SignLanguageDataset(Dataset):
     def _drop_bad(self, bad, problems):
         """Leave out what is bad, or refuse the set, as on_bad_clip says; problems takes names."""
         usable = []
-        count = len(bad) + len(self.entries)
         for entry in self.entries:
             problem = entry["report"].problem
             if problem:
@@ -445,7 +448,8 @@ class SignLanguageDataset(Dataset):
                 usable.append(entry)
         self.entries = usable
         # all are named, the first five on the screen
-        message = f"{self.label_path}: {len(bad)} of {count} clips are unusable:\n{first_five(bad)}"
+        found = f"{self.label_path}: {len(bad)} of {len(bad) + len(usable)} clips are unusable"
+        message = f"{found}:\n{first_five(bad)}"
         if problems is not None:
             problems += bad
         elif bad and (self.config.on_bad_clip == "error" or not usable):
@@ -666,13 +670,7 @@ def load_pose_file(path, digest=""):
     raw = read_bytes(path)
     if sha256(raw).hexdigest() == digest:
         return parse_pose(path, raw)
-    clip = np.float32(read_guarded(pose_as_list, path))  # (T, 133, 3)
-    return clip[..., :2], clip[..., 2]
-
-
-def pose_as_list(path):
-    """x, y and score of every joint of every frame; runs under guard."""
-    return np.dstack(parse_pose(path, read_bytes(path))).tolist()
+    return read_guarded(lambda path: parse_pose(path, raw), path)
 
 
 def parse_pose(path, raw):
@@ -815,14 +813,14 @@ class Refused(DataError, pickle.UnpicklingError):
 
 def read_guarded(read, path):
     """read(path), of one file. Raises the error that names it."""
-    ((error, content),) = guarded(read, [path])
-    if error:
-        raise ERRORS[error](content)
-    return content
+    (result,) = guarded(read, [path])
+    if isinstance(result, DataError):
+        raise result
+    return result
 
 
 def guarded(read, paths, children=1):
-    """Yield for each path ("", what read(path) gives, in JSON's types), or (an error's name, text).
+    """Yield for each path what read(path) gives, or the DataError that names the path.
 
     What Python and numpy do with hostile bytes cannot be bounded from inside: a deep tuple ends the
     process, a kilobyte takes all memory. So forked children read, within limits; one that dies
@@ -835,61 +833,56 @@ def guarded(read, paths, children=1):
             turn = number % children
             if resource and turn not in readers:
                 readers[turn] = start_reader(read, paths[number::children])
-            line = readers[turn][1].readline() if resource else outcome(read, path)
-            if line.endswith("\n"):
-                yield json.loads(line)
-            else:
+            try:
+                result = readers[turn][1].recv() if resource else outcome(read, path)
+            except EOFError:
                 _, status = stop_reader(*readers.pop(turn))
-                reason = (
+                result = DataError(
                     f"{path}: it ended the process that read it (signal {os.WTERMSIG(status)}): it "
                     f"takes over {MAX_SECONDS} CPU seconds, or is made to crash Python; remove it"
                 )
-                yield "DataError", reason
+            yield result
     finally:
         for reader in readers.values():
             stop_reader(*reader)
 
 
 def start_reader(read, paths):
-    """Fork a child that reads these paths -> its number, and its results, a line each."""
-    source, sink = os.pipe()
+    """Fork a child that reads these paths -> its number, and the pipe that its results come by."""
+    results, sink = Pipe(duplex=False)
     child = os.fork()
     if child:
-        os.close(sink)
-        return child, open(source)
+        sink.close()
+        return child, results
     try:  # in the child, which never comes back to the caller's code
-        os.close(source)
+        results.close()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's matter
         warnings.simplefilter("ignore")
         with suppress(OSError, ValueError):  # Linux alone says what is held; or less is allowed
             pages = int(Path("/proc/self/statm").read_text().split()[0])
             memory = pages * resource.getpagesize() + MAX_MEMORY
             resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-        with open(sink, "w", buffering=1) as results:  # a line is sent once it is whole
-            for path in paths:
-                signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS)  # then a signal ends the child
-                results.write(outcome(read, path))
+        for path in paths:
+            signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS)  # of CPU; its signal ends the child
+            sink.send(outcome(read, path))
     finally:
         os._exit(0)
 
 
 def stop_reader(child, results):
-    results.close()  # it ends, if it has not, when it writes the next
+    results.close()  # it ends, if it has not, when it sends the next
     return os.waitpid(child, 0)
 
 
 def outcome(read, path):
-    """-> [error's kind or "", result or message] as a line of JSON."""
+    """read(path), or the DataError that it ends in."""
     try:
         with naming(path, "cannot be read"):
-            line = json.dumps(["", read(path)])
-            check_size(path, len(line), "unpacks to")
+            result = read(path)
+            check_size(path, len(pickle.dumps(result)), "unpacks to")
+            return result
     except DataError as error:
-        line = json.dumps([type(error).__name__, str(error)])
-    return line + "\n"
-
-
-ERRORS = {"DataError": DataError, "Refused": Refused}
+        return error
 
 
 @contextmanager
@@ -1039,21 +1032,15 @@ def make_demo_corpus(data_dir, seed=0, splits=None):
     data_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=data_dir.parent, prefix=".demo") as aside:
         corpus = Path(aside, "corpus")
-        (corpus / "pose_format").mkdir(parents=True)
+        poses = corpus / "pose_format"
+        poses.mkdir(parents=True)
         for split, count in splits.items():
             labels = {}
             for number in tqdm(range(count), f"demo {split}", disable=None, leave=False):
                 text, gloss = next(rows)
                 name = f"{split}_{number:05d}"
-                keypoints, scores = demo_clip([signs[word] for word in gloss], rng)
-                # with the person axis, as Uni-Sign has it
-                clip = {
-                    "keypoints": keypoints[:, None],
-                    "scores": scores[:, None],
-                    "w_h": [512, 512],
-                }
-                pose = corpus / "pose_format" / f"{name}.pkl"
-                pose.write_bytes(pickle.dumps(clip))
+                clip = demo_clip([signs[word] for word in gloss], rng)
+                (poses / f"{name}.pkl").write_bytes(pickle.dumps(clip))
                 labels[name] = {"name": name, "gloss": gloss, "text": text}
             packed = gzip.compress(pickle.dumps(labels), mtime=0)
             (corpus / f"labels.{split}").write_bytes(packed)
@@ -1091,7 +1078,7 @@ def demo_signs():
 
 
 def demo_clip(signs, rng):
-    """Signs one after another by one random signer -> keypoints (T, 133, 2), scores (T, 133)."""
+    """Signs one after another by one random signer -> a pose file's content."""
     # what the hands are to do, and when
     rest = np.hstack([DEMO_REST, DEMO_REST.conj()])
     keys = np.vstack([rest, *signs, rest])  # (2 signs + 2, 14)
@@ -1123,4 +1110,9 @@ def demo_clip(signs, rng):
         if rng.random() < 0.3:  # the hand drops out for some frames
             begin = rng.integers(len(points))
             scores[begin : begin + 3, joints] = 0.1
-    return np.float32(keypoints), np.float32(scores)
+    # with the person axis, as Uni-Sign has it
+    return {
+        "keypoints": np.float32(keypoints)[:, None],
+        "scores": np.float32(scores)[:, None],
+        "w_h": [512, 512],
+    }
