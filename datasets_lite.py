@@ -835,7 +835,7 @@ def guarded(read, paths, children=1):
                 readers[turn] = start_reader(read, paths[number::children])
             try:
                 result = readers[turn][1].recv() if resource else outcome(read, path)
-            except EOFError:
+            except (EOFError, OSError):  # it ended before a result, or within one
                 _, status = stop_reader(*readers.pop(turn))
                 result = DataError(
                     f"{path}: it ended the process that read it (signal {os.WTERMSIG(status)}): it "
