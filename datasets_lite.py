@@ -836,7 +836,8 @@ def guarded(read, paths, children=1):
             if resource and turn not in readers:
                 readers[turn] = start_reader(read, paths[number::children])
             try:
-                result = readers[turn][1].recv() if resource else outcome(read, path)
+                sent = readers[turn][1].recv_bytes() if resource else outcome(read, path)
+                result = pickle.loads(sent)
             except (EOFError, OSError):  # it ended before a result, or within one
                 _, status = stop_reader(*readers.pop(turn))
                 result = DataError(
@@ -866,7 +867,7 @@ def start_reader(read, paths):
             resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
         for path in paths:
             signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS)  # of CPU; its signal ends the child
-            sink.send(outcome(read, path))
+            sink.send_bytes(outcome(read, path))
     finally:
         os._exit(0)
 
@@ -877,14 +878,14 @@ def stop_reader(child, results):
 
 
 def outcome(read, path):
-    """read(path), or the DataError that it ends in."""
+    """read(path), or the DataError that it ends in, pickled by our own code."""
     try:
         with naming(path, "cannot be read"):
-            result = read(path)
-            check_size(path, len(pickle.dumps(result)), "unpacks to")
-            return result
+            sent = pickle.dumps(read(path))
+            check_size(path, len(sent), "unpacks to")
     except DataError as error:
-        return error
+        sent = pickle.dumps(error)
+    return sent
 
 
 @contextmanager

@@ -167,9 +167,7 @@ TABLE = {
             ("if size > MAX_BYTES:", "if size > MAX_BYTES + 1:"),
             ("if size > MAX_BYTES:", "if size >= MAX_BYTES:"),
         ],
-        BITES + "unpacks_to": [
-            ("check_size(path, len(pickle.dumps(result)),", "check_size(path, 0,")
-        ],
+        BITES + "unpacks_to": [("check_size(path, len(sent),", "check_size(path, 0,")],
         BITES + "every_core": [
             ("list(todo.values()), os.cpu_count())", "list(todo.values()), 1)"),
             ("turn = number % children", "turn = 0"),
