@@ -28,7 +28,6 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Cache, MT5Config, MT5ForConditionalGeneration, T5Tokenizer
-from transformers.modeling_outputs import BaseModelOutput
 
 from config_lite import DEFAULT_MT5, ConfigError, InferenceConfig, TrainConfig, make_config
 from datasets_lite import (
@@ -139,7 +138,6 @@ class SignLanguageLite(nn.Module):
     def __init__(self, config, texts=None, glosses=None, saved=None):
         super().__init__()
         self.config = config
-        self.label_smoothing = config.label_smoothing
 
         # text: the vocabulary and mT5
         self.codec = make_codec(config, texts, saved)
@@ -262,36 +260,35 @@ class SignLanguageLite(nn.Module):
 
         Labels that are absent are made of gt_sentence; CTC reads gt_gloss.
         """
-        hidden, mask = self._encode(src_input)  # (B, T', d_model), (B, T')
+        embeddings, mask = self.encode_pose(src_input)  # (B, T', d_model), (B, T')
         labels = tgt_input.get("labels")
         if labels is None:
             labels = self.codec.encode(tgt_input["gt_sentence"])
-        labels = labels.to(hidden.device)  # (B, L)
-        # T5 shifts the decoder's input to the right; the labels stay: a second shift would train
+        labels = labels.to(embeddings.device)  # (B, L)
+        # mT5 shifts the decoder's input to the right; the labels stay: a second shift would train
         # every output on the token after next
-        decoder_input = self.mt5_model.prepare_decoder_input_ids_from_labels(labels)  # (B, L)
-        output = self.mt5_model(
-            encoder_outputs=BaseModelOutput(hidden),
-            attention_mask=mask,
-            decoder_input_ids=decoder_input,
-        )
-        logits = output.logits.float()  # (B, L, pieces)
-        loss, nll, correct = text_loss(logits, labels, self.label_smoothing)
-        # what the sums are divided by; padding does not count
+        output = self.mt5_model(inputs_embeds=embeddings, attention_mask=mask, labels=labels)
+        nll = output.loss  # a mean over tokens; padding does not count
+        loss = nll
+        logits = output.logits.transpose(1, 2)  # (B, pieces, L)
+        smoothing = self.config.label_smoothing
+        if smoothing:
+            loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
         tokens = int((labels != IGNORE).sum())
         gloss = None
         if self.gloss_head is not None:
+            hidden = output.encoder_last_hidden_state  # (B, T', d_model)
             scores = self.gloss_head(hidden).float().log_softmax(-1)  # (B, T', classes)
             if self.training:
-                ctc = self._ctc_loss(scores, mask, src_input, tgt_input)
-                loss = loss + self.config.ctc_weight * ctc
+                ctc = self._ctc_loss(scores, mask, tgt_input["gt_gloss"])
+                loss = loss + self.config.ctc_weight * ctc / tokens
             else:
                 gloss = self._read_gloss(scores, mask)
         return SimpleNamespace(
-            loss=loss / tokens,
-            nll=nll / tokens,
+            loss=loss,
+            nll=nll.detach(),
             num_tokens=tokens,
-            num_correct=int(correct),
+            num_correct=int((logits.argmax(1) == labels).sum()),
             gloss=gloss,
         )
 
@@ -307,20 +304,14 @@ class SignLanguageLite(nn.Module):
         options["max_new_tokens"] = min(options["max_new_tokens"], longest)
         if options["num_beams"] == 1:
             del options["length_penalty"]  # transformers warns of one without beams
-        hidden, mask = self._encode(src_input)  # (B, T', d_model), (B, T')
+        embeddings, mask = self.encode_pose(src_input)  # (B, T', d_model), (B, T')
         rows = self.mt5_model.generate(
-            encoder_outputs=BaseModelOutput(hidden),
+            inputs_embeds=embeddings,
             attention_mask=mask,
             do_sample=False,
             **options,
         )  # (B, L)
         return self.codec.decode(rows)
-
-    def _encode(self, src_input):
-        """-> hidden states (B, T', d_model) of mT5's encoder, mask (B, T')."""
-        embeddings, mask = self.encode_pose(src_input)
-        output = self.mt5_model.encoder(inputs_embeds=embeddings, attention_mask=mask)
-        return output.last_hidden_state, mask
 
     def _number_pieces(self, decoder, args, inputs):
         """Add positions to the decoder's input: T5's relative bias alone loses count of repeats.
@@ -334,30 +325,27 @@ class SignLanguageLite(nn.Module):
         inputs["inputs_embeds"] = self.piece_position(pieces, begin)
         return args, inputs
 
-    def _ctc_loss(self, scores, mask, src_input, tgt_input):
+    def _ctc_loss(self, scores, mask, glosses):
         """scores (B, T', classes) -> negative log-likelihood, summed over clips with glosses.
 
         A clip with fewer positions than its glosses need adds nothing; `check` names such clips.
         """
         classes = {gloss: i for i, gloss in enumerate(self.glosses, 2)}
-        rows = []
-        targets = []
-        for row, glosses in enumerate(tgt_input["gt_gloss"]):
-            if glosses:
-                rows.append(row)
-                targets.append([classes.get(gloss, UNKNOWN_GLOSS) for gloss in glosses])
-        if not rows:
-            return scores.sum() * 0  # a gradient for the head: DistributedDataParallel waits for it
-        lengths = mask.sum(1)[rows].long()  # (rows,)
-        return F.ctc_loss(
-            scores[rows].transpose(0, 1),  # (T', rows, classes)
-            lengths.new_tensor(sum(targets, [])),  # one behind another
+        targets = []  # one clip's behind another's
+        for gloss in sum(glosses, []):
+            targets.append(classes.get(gloss, UNKNOWN_GLOSS))
+        lengths = mask.sum(1)  # (B,)
+        target_lengths = lengths.new_tensor([len(gloss) for gloss in glosses])  # (B,)
+        losses = F.ctc_loss(
+            scores.transpose(0, 1),  # (T', B, classes)
+            lengths.new_tensor(targets),
             lengths,
-            lengths.new_tensor([len(target) for target in targets]),
+            target_lengths,
             blank=BLANK,
-            reduction="sum",
+            reduction="none",
             zero_infinity=True,
-        )
+        )  # (B,)
+        return losses[target_lengths > 0].sum()
 
     def _read_gloss(self, scores, mask):
         """scores (B, T', classes) -> glosses, a list a clip: the best path, collapsed."""
@@ -462,21 +450,6 @@ class SignLanguageLite(nn.Module):
             model = cls(config, saved=saved)
             model.load_saved(weights)
         return model.eval()
-
-
-def text_loss(logits, labels, smoothing):
-    """logits (B, L, pieces) float32, labels (B, L) -> sums over real labels: loss, nll, correct."""
-    flat = logits.flatten(0, 1)  # (B L, pieces)
-    target = labels.flatten()  # (B L,)
-    # summed over the batch: whoever accumulates divides once, by all tokens
-    nll = F.cross_entropy(flat, target, ignore_index=IGNORE, reduction="sum")
-    loss = nll
-    if smoothing:
-        loss = F.cross_entropy(
-            flat, target, ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing
-        )
-    correct = (flat.argmax(-1) == target).sum()
-    return loss, nll.detach(), correct
 
 
 def training_facts(config, codec, texts, glosses):

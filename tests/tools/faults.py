@@ -27,7 +27,7 @@ import datasets_lite
 import models_lite
 import train_lite
 from datasets_lite import BODY, LEFT
-from models_lite import IGNORE, SignLanguageLite, part_features
+from models_lite import SignLanguageLite, part_features
 
 
 def instead_of(owner, name):
@@ -50,22 +50,23 @@ def instead_of(owner, name):
 # ---------------------------------------------------------------------- faults of the loss
 
 
-@instead_of(models_lite, "text_loss")
-def shift_labels_again(products_own, logits, labels, smoothing):
-    """T5 has shifted its decoder's input; yet the output at t is compared with token t + 1."""
-    shifted = labels[:, 1:]  # (B, L - 1)
-    loss, nll, correct = products_own(logits[:, :-1], shifted, smoothing)
-    # sums over fewer labels, which the model divides by the number of all
-    share = (labels != IGNORE).sum() / (shifted != IGNORE).sum()
-    loss = loss * share
-    nll = nll * share
+@instead_of(SignLanguageLite, "_init_weights")
+def shift_labels_again(products_own, model):
+    """mT5 has shifted its decoder's input; yet the output at t is compared with token t + 1."""
+    products_own(model)
 
-    def differs():
-        _, right_nll, _ = products_own(logits, labels, smoothing)
-        return not torch.isclose(nll, right_nll)
+    def compare_with_the_next(mt5, args, inputs, output):
+        labels = inputs.get("labels")
+        if labels is None:  # decoding
+            return
+        right_loss = output.loss
+        # the output at t - 1 in the place of that at t; the first label is compared with none
+        output.logits = F.pad(output.logits[:, :-1], (0, 0, 1, 0))  # (B, L, pieces)
+        late = output.logits[:, 1:].flatten(0, 1)  # (B (L - 1), pieces)
+        output.loss = F.cross_entropy(late, labels[:, 1:].flatten())
+        prove("the loss is another", lambda: not torch.isclose(output.loss, right_loss))
 
-    prove("the loss is another", differs)
-    return loss, nll, correct
+    model.mt5_model.register_forward_hook(compare_with_the_next, with_kwargs=True)
 
 
 # ---------------------------------------------------------------------- faults of freezing

@@ -247,7 +247,8 @@ TABLE = {
         MODELS + "ctc": [
             ("classes.get(gloss, UNKNOWN_GLOSS)", "classes.get(gloss, BLANK + 2)"),
             ("loss + self.config.ctc_weight * ctc", "loss + ctc"),
-            ('reduction="sum",\n            zero', 'reduction="mean",\n            zero'),
+            ("losses[target_lengths > 0].sum()", "losses[target_lengths > 0].mean()"),
+            ("losses[target_lengths > 0].sum()", "losses.sum()"),
             ("zero_infinity=True", "zero_infinity=False"),
         ],
         BITES + "as_many_other_glosses": [("and other.glosses != self.glosses:", "and False:")],
@@ -263,12 +264,12 @@ TABLE = {
         ],
         MODELS + "grows_far": [("self.longest_text * 5 // 4 + 1", "self.longest_text * 2")],
         MODELS + "shifted_twice": [
-            ("decoder_input_ids=decoder_input,", "decoder_input_ids=labels.clamp(min=0),"),
-            ("label_smoothing=smoothing\n", "label_smoothing=smoothing / 2\n"),
-            ("(flat.argmax(-1) == target)", "(flat.argmax(-1) != target)"),
+            ("labels=labels)\n", "labels=labels, decoder_input_ids=labels.clamp(min=0))\n"),
+            ("label_smoothing=smoothing)", "label_smoothing=smoothing / 2)"),
+            ("(logits.argmax(1) == labels)", "(logits.argmax(1) != labels)"),
         ],
         MODELS + "depend_on_its_batch or halves": [
-            ("loss=loss / tokens,", "loss=loss / len(labels),"),
+            ("loss=loss,", "loss=loss * tokens / len(labels),"),
             ("tokens = int((labels != IGNORE).sum())", "tokens = labels.numel()"),
         ],
         MODELS + "repeated_piece or one_by_one": [
