@@ -42,11 +42,12 @@ from datasets_lite import (
 )
 
 IGNORE = -100  # label of padding
-BLANK = 0  # CTC classes: these two, then the glosses
+BLANK = 0  # CTC classes: these two, as torch has it, then the glosses
 UNKNOWN_GLOSS = 1
 TABLES = ("mt5_model.shared.weight", "mt5_model.lm_head.weight")  # a row a piece
-# what mT5 was pre-trained to emit between pieces of text
-SENTINEL = re.compile(r"▁?<extra_id_\d+>")
+# what is taken over of a saved mT5's configuration; other keys name code that a hub would give
+MT5_SIZES = """vocab_size d_model d_kv d_ff num_heads num_layers num_decoder_layers dropout_rate
+layer_norm_epsilon feed_forward_proj relative_attention_num_buckets"""
 
 
 # ------------------------------------------------------------------------------- front-end
@@ -64,8 +65,7 @@ def part_features(part):
     seen_twice = seen[:, 1:] & seen[:, :-1]  # (B, T - 1, V, 1)
     velocity = torch.zeros_like(xy)  # (B, T, V, 2); the first frame has none
     velocity[:, 1:] = (xy[:, 1:] - xy[:, :-1]) * seen_twice
-    features = torch.cat([xy, confidence, velocity], dim=-1)  # (B, T, V, 5)
-    return features.flatten(2)  # (B, T, 5 V)
+    return torch.cat([xy, confidence, velocity], dim=-1).flatten(2)  # (B, T, 5 V)
 
 
 def hand_features(hand, wrist, mirror):
@@ -75,12 +75,10 @@ def hand_features(hand, wrist, mirror):
     root mean square distance from the wrist over the clip. The left hand is mirrored: the layer
     that both share sees like shapes.
     """
-    seen = (hand[..., 2:] > 0).float()  # (B, T, 21, 1)
-    squares = hand[..., :2].square() * seen  # (B, T, 21, 2)
-    mean_square = squares.sum((1, 2, 3)) / seen.sum((1, 2, 3)).clamp(min=1)  # (B,)
-    rms = mean_square.sqrt().clamp(min=1e-3)  # (B,)
-    scale = (1 / rms)[:, None, None, None]  # (B, 1, 1, 1)
-    hand = torch.cat([hand[..., :2] * scale, hand[..., 2:]], dim=-1)  # (B, T, 21, 3)
+    joints = (hand[..., 2:] > 0).sum((1, 2, 3), keepdim=True)  # (B, 1, 1, 1); the others are zero
+    squares = hand[..., :2].square().sum((1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
+    rms = (squares / joints.clamp(min=1)).sqrt().clamp(min=1e-3)  # (B, 1, 1, 1)
+    hand = torch.cat([hand[..., :2] / rms, hand[..., 2:]], dim=-1)  # (B, T, 21, 3)
     if mirror:
         flip = hand.new_tensor([-1.0, 1.0, 1.0])  # x alone
         hand = hand * flip
@@ -91,12 +89,12 @@ def hand_features(hand, wrist, mirror):
 class TemporalBlock(nn.Module):
     """x + a convolution over 5 frames of norm(x); beyond a clip's end it reads zeros."""
 
-    def __init__(self, width, dropout=0.1):
+    def __init__(self, width):
         super().__init__()
         self.norm = nn.LayerNorm(width)  # per frame: padding and other clips do not count
         self.conv = nn.Conv1d(width, width, kernel_size=5, padding=2)
         self.linear = nn.Linear(width, width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(0.1)
 
     def forward(self, x, mask):
         """x (B, T, width), mask (B, T, 1) float -> (B, T, width)."""
@@ -111,9 +109,8 @@ class SinusoidalPositionalEncoding(nn.Module):
     def __init__(self, d_model, max_length, learned=False):
         super().__init__()
         position = torch.arange(max_length)[:, None]  # (max_length, 1)
-        rate = torch.exp(torch.arange(0, d_model, 2) * (-math.log(10000.0) / d_model))
-        waves = [torch.sin(position * rate), torch.cos(position * rate)]
-        table = torch.stack(waves, dim=-1).flatten(1)  # (max_length, d_model), sine, cosine, ...
+        angle = position * 10000 ** (-torch.arange(0, d_model, 2) / d_model)
+        table = torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)  # (max_length, d_model)
         if learned:
             self.table = nn.Parameter(0.02 * torch.randn_like(table))
         else:
@@ -132,7 +129,7 @@ class SignLanguageLite(nn.Module):
 
     texts and glosses (a list a clip) are the training data's: the one makes the vocabulary from
     scratch and trims a pretrained one, the other sizes the CTC head. Raises ConfigError for an
-    unusable mt5_path. saved, to rebuild: description() and the tokeniser's "folder".
+    unusable mt5_path. saved, to rebuild: config.json's "model", and the tokeniser's "folder".
     """
 
     def __init__(self, config, texts=None, glosses=None, saved=None):
@@ -144,27 +141,35 @@ class SignLanguageLite(nn.Module):
         self.mt5_tokenizer = self.codec.tokenizer
         self.mt5_model = build_mt5(config, self.codec, saved)
         d_model = self.mt5_model.config.d_model
-        facts = saved or training_facts(config, self.codec, texts, glosses)
-        self.longest_text = int(facts["longest_text"])
-        self.glosses = sorted(facts["glosses"])
+        # of the training data: the longest text, in pieces, and all glosses
+        self.longest_text = config.max_text_length
+        self.glosses = []
+        if texts:
+            self.longest_text = self.codec.encode(texts).shape[1]
+        if config.ctc_weight and glosses:
+            self.glosses = sorted(set().union(*glosses))
+        if saved:
+            self.longest_text = int(saved["longest_text"])
+            self.glosses = sorted(saved["glosses"])
 
         # poses: from joints to mT5's input
-        body = nn.Linear(5 * len(BODY), d_model)
-        hand = nn.Linear(5 * len(LEFT) + 3, d_model)
-        self.pose_embed = nn.ModuleDict({"body": body, "hand": hand})
+        self.pose_embed = nn.ModuleDict(
+            {
+                "body": nn.Linear(5 * len(BODY), d_model),
+                "hand": nn.Linear(5 * len(LEFT) + 3, d_model),
+            }
+        )
         self.fusion = nn.Linear(3 * d_model, d_model)
         self.temporal = nn.ModuleList([TemporalBlock(d_model), TemporalBlock(d_model)])
         self.proj = nn.Linear(config.temporal_stride * d_model, d_model)
         self.layer_norm = nn.LayerNorm(d_model)
-        nn.init.constant_(self.layer_norm.weight, 0.5)  # at 1 the poses drown the position, RMS 0.7
         self.position = nn.Identity()
         if config.position_encoding != "none":
             positions = math.ceil(config.max_length / config.temporal_stride)
             learned = config.position_encoding == "learned"
             self.position = SinusoidalPositionalEncoding(d_model, positions, learned)
         if not config.mt5_path:  # a pretrained decoder is given what it knows
-            longest = 2 * config.max_text_length
-            self.piece_position = SinusoidalPositionalEncoding(d_model, longest)
+            self.piece_position = SinusoidalPositionalEncoding(d_model, 2 * config.max_text_length)
             decoder = self.mt5_model.decoder
             decoder.register_forward_pre_hook(self._number_pieces, with_kwargs=True)
         self.gloss_head = None
@@ -181,9 +186,10 @@ class SignLanguageLite(nn.Module):
     def _init_weights(self):
         """New linear layers start at Glorot's scale with zero biases, as in the original."""
         for layer in [*self.pose_embed.values(), self.fusion, self.proj, self.gloss_head]:
-            if layer is not None:
+            if layer:  # without CTC there is no gloss_head
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
+        nn.init.constant_(self.layer_norm.weight, 0.5)  # at 1 the poses drown the position, RMS 0.7
 
     def _freeze_mt5_layers(self):
         """Choose what of mT5 trains (review, step 1); the front-end always does. Idempotent."""
@@ -205,26 +211,15 @@ class SignLanguageLite(nn.Module):
         self._print_parameters()
 
     def _print_parameters(self):
-        """A line a part: its parameters, and how many of them train."""
-        mt5 = self.mt5_model
-        parts = {
-            "piece table": mt5.shared,
-            "encoder blocks": mt5.encoder.block,
-            "decoder blocks": mt5.decoder.block,
-            "head": mt5.lm_head,
-            "all": self,
-        }
-        for title, part in parts.items():
-            parameters = list(part.parameters())
-            total = sum(p.numel() for p in parameters)
-            trainable = sum(p.numel() for p in parameters if p.requires_grad)
-            print(f"  {title:14} {total:>13,} parameters, {trainable:>13,} trainable")
+        """A line a part of mT5: its parameters, the shared table among them, and what trains."""
+        for name, part in [*self.mt5_model.named_children(), ("all", self)]:
+            total = sum(p.numel() for p in part.parameters())
+            trainable = sum(p.numel() for p in part.parameters() if p.requires_grad)
+            print(f"  {name:14} {total:>13,} parameters, {trainable:>13,} trainable")
 
     def encode_pose(self, src_input):
         """-> embeddings (B, T', d_model), mask (B, T'). Raises ConfigError beyond max_length."""
         body = src_input["body"]  # (B, T, 9, 3)
-        left = src_input["left"]  # (B, T, 21, 3)
-        right = src_input["right"]  # (B, T, 21, 3)
         mask = src_input["attention_mask"]  # (B, T)
         B, T = mask.shape
         stride = self.config.temporal_stride
@@ -235,14 +230,14 @@ class SignLanguageLite(nn.Module):
             )
 
         # joints -> one vector a part; both hands in one call, since they share the layer
-        left = hand_features(left, body[:, :, LEFT_WRIST], mirror=True)  # (B, T, 108)
-        right = hand_features(right, body[:, :, RIGHT_WRIST], mirror=False)  # (B, T, 108)
-        hands = self.pose_embed["hand"](torch.cat([left, right]))  # (2 B, T, d_model)
-        left, right = hands.chunk(2)  # (B, T, d_model) each
+        left = hand_features(src_input["left"], body[:, :, LEFT_WRIST], mirror=True)
+        right = hand_features(src_input["right"], body[:, :, RIGHT_WRIST], mirror=False)
+        hands = torch.cat([left, right])  # (2 B, T, 108)
+        hands = self.pose_embed["hand"](hands)  # (2 B, T, d_model)
         body = self.pose_embed["body"](part_features(body))  # (B, T, d_model)
 
         # parts -> one vector a frame, which sees its neighbours in time
-        parts = torch.cat([body, left, right], dim=-1)  # (B, T, 3 d_model)
+        parts = torch.cat([body, *hands.chunk(2)], dim=-1)  # (B, T, 3 d_model)
         x = self.fusion(F.gelu(parts))  # (B, T, d_model)
         real = mask[..., None].to(parts.dtype)  # (B, T, 1)
         for block in self.temporal:
@@ -268,8 +263,7 @@ class SignLanguageLite(nn.Module):
         # mT5 shifts the decoder's input to the right; the labels stay: a second shift would train
         # every output on the token after next
         output = self.mt5_model(inputs_embeds=embeddings, attention_mask=mask, labels=labels)
-        nll = output.loss  # a mean over tokens; padding does not count
-        loss = nll
+        loss = output.loss  # a mean over tokens; padding does not count
         logits = output.logits.transpose(1, 2)  # (B, pieces, L)
         smoothing = self.config.label_smoothing
         if smoothing:
@@ -286,7 +280,7 @@ class SignLanguageLite(nn.Module):
                 gloss = self._read_gloss(scores, mask)
         return SimpleNamespace(
             loss=loss,
-            nll=nll.detach(),
+            nll=output.loss.detach(),
             num_tokens=tokens,
             num_correct=int((logits.argmax(1) == labels).sum()),
             gloss=gloss,
@@ -319,8 +313,10 @@ class SignLanguageLite(nn.Module):
         A hook before the decoder; the cache tells how many pieces went before, under whatever name
         this version of transformers gives it.
         """
-        caches = [value for value in inputs.values() if isinstance(value, Cache)]
-        begin = caches[0].get_seq_length() if caches else 0
+        begin = 0
+        for value in inputs.values():
+            if isinstance(value, Cache):
+                begin = value.get_seq_length()
         pieces = decoder.embed_tokens(inputs.pop("input_ids"))  # (B, L, d_model)
         inputs["inputs_embeds"] = self.piece_position(pieces, begin)
         return args, inputs
@@ -330,18 +326,17 @@ class SignLanguageLite(nn.Module):
 
         A clip with fewer positions than its glosses need adds nothing; `check` names such clips.
         """
-        classes = {gloss: i for i, gloss in enumerate(self.glosses, 2)}
+        classes = {word: i for i, word in enumerate(self.glosses, 2)}
         targets = []  # one clip's behind another's
-        for gloss in sum(glosses, []):
-            targets.append(classes.get(gloss, UNKNOWN_GLOSS))
-        lengths = mask.sum(1)  # (B,)
+        for gloss in glosses:
+            targets += [classes.get(word, UNKNOWN_GLOSS) for word in gloss]
+        lengths = mask.sum(1).long()  # (B,)
         target_lengths = lengths.new_tensor([len(gloss) for gloss in glosses])  # (B,)
         losses = F.ctc_loss(
             scores.transpose(0, 1),  # (T', B, classes)
             lengths.new_tensor(targets),
             lengths,
             target_lengths,
-            blank=BLANK,
             reduction="none",
             zero_infinity=True,
         )  # (B,)
@@ -359,12 +354,11 @@ class SignLanguageLite(nn.Module):
     # --- there and back: weights, and a folder that holds a whole model ---
 
     def state_to_save(self):
-        """Parameters by name, on the CPU, each table once."""
-        state = {}
-        for name, value in self.state_dict().items():
-            if "embed_tokens" not in name:  # the shared table again
-                state[name] = value.cpu().contiguous()
-        return state
+        """Parameters by name, each table once; the tensors are the model's own."""
+        # not the stacks' names of the shared table
+        return {
+            name: value for name, value in self.state_dict().items() if "embed_tokens" not in name
+        }
 
     def load_saved(self, state):
         """Load what `state_to_save` gave. DataError where names or shapes differ."""
@@ -374,15 +368,11 @@ class SignLanguageLite(nn.Module):
 
     def compare(self, state):
         """Raise DataError where these weights' names or shapes are not the model's."""
-        given = {name: value.shape for name, value in state.items()}
-        # not of state_to_save: a sketch on torch's meta device has no values to copy
-        own = {}
-        for name, value in self.state_dict().items():
-            if "embed_tokens" not in name:
-                own[name] = value.shape
-        wrong = [name for name in own | given if own.get(name) != given.get(name)]
+        own = {(name, value.shape) for name, value in self.state_to_save().items()}
+        wrong = own ^ {(name, value.shape) for name, value in state.items()}
         if wrong:
-            raise DataError(f"the saved weights do not fit this configuration, first: {min(wrong)}")
+            first, _ = min(wrong)
+            raise DataError(f"the saved weights do not fit this configuration, first: {first}")
 
     def init_from(self, folder):
         """Start from another run: same-shaped layers are copied, shared pieces keep their rows."""
@@ -393,56 +383,50 @@ class SignLanguageLite(nn.Module):
         row_of = {piece: row for row, piece in enumerate(other.codec.pieces())}
         rows = torch.tensor([row_of.get(piece, -1) for piece in self.codec.pieces()])
         known = rows >= 0
-        fitting = {}
         anew = []
         for name, value in self.state_to_save().items():
             given = source.get(name)
             if name in TABLES and given.shape[1] == value.shape[1]:
-                fitting[name] = value.clone()
-                fitting[name][known] = given[rows[known]]
+                value[known] = given[rows[known]]
             elif given is None or given.shape != value.shape:
                 anew.append(name)
             elif "gloss_head" in name and other.glosses != self.glosses:
                 anew.append(name)  # of the same shape, but other classes
             else:
-                fitting[name] = given
-        self.load_state_dict(fitting, strict=False)
+                value.copy_(given)
         print(
-            f"weights from {folder}: {int(known.sum())} of {len(self.codec)} pieces known; "
+            f"weights from {folder}: {known.sum()} of {len(self.codec)} pieces known; "
             f"begun anew: {', '.join(anew) or 'nothing'}"
         )
 
-    def description(self):
-        """What rebuilding needs beside weights and tokeniser, as plain data."""
-        return {
+    def save_pretrained(self, folder, **more):
+        """Write a folder that `from_pretrained` reads; `more` goes into its config.json, too."""
+        self.mt5_tokenizer.save_pretrained(folder)
+        config_file = Path(folder, "config.json")
+        content = asdict(self.config) | more
+        content["model"] = {
             "mt5_config": self.mt5_model.config.to_diff_dict(),
             "keep_pieces": self.codec.keep,
             "glosses": self.glosses,
             "longest_text": self.longest_text,
         }
-
-    def save_pretrained(self, folder, **more):
-        """Write a folder that `from_pretrained` reads; `more` goes into its config.json, too."""
-        content = asdict(self.config) | more | {"model": self.description()}
-        self.mt5_tokenizer.save_pretrained(folder)
         text = json.dumps(content, ensure_ascii=False, indent=1)
-        Path(folder, "config.json").write_text(text, encoding="utf-8")
-        weights = Path(folder, "model.safetensors")
+        config_file.write_text(text, encoding="utf-8")
+        weights = config_file.with_name("model.safetensors")
         save_file(self.state_to_save(), weights)
-        weights.chmod(Path(folder, "config.json").stat().st_mode)  # safetensors: the owner's alone
+        weights.chmod(config_file.stat().st_mode)  # safetensors: the owner's alone
 
     @classmethod
     def from_pretrained(cls, folder):
         """A run's model, in eval mode, from its folder or best/. DataError names what is amiss."""
         folder = find_best(folder)
         with naming(folder, "damaged; copy it anew"):
-            refuse_pointer(folder / "model.safetensors")
-            content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            content = json.loads((folder / "config.json").read_bytes())
             config = make_config(TrainConfig, content)
             saved = content["model"] | {"folder": folder}
-            weights = load_file(folder / "model.safetensors")
-            blocks = saved["mt5_config"]["num_layers"] + saved["mt5_config"]["num_decoder_layers"]
-            if blocks > len(weights):
+            weights = map_weights(folder)
+            sizes = saved["mt5_config"]
+            if sizes["num_layers"] + sizes["num_decoder_layers"] > len(weights):
                 raise DataError("config.json has more blocks than model.safetensors has weights")
             # a sketch takes no memory: absurd sizes are found before they are made
             with torch.device("meta"):
@@ -450,19 +434,6 @@ class SignLanguageLite(nn.Module):
             model = cls(config, saved=saved)
             model.load_saved(weights)
         return model.eval()
-
-
-def training_facts(config, codec, texts, glosses):
-    """What the model keeps of its training data: the longest text, in pieces, and all glosses."""
-    # no label is longer
-    longest = config.max_text_length
-    if texts:
-        longest = min(longest, max(len(codec.ids(text)) for text in texts))
-    words = set()
-    if config.ctc_weight:
-        for gloss in glosses or []:
-            words.update([gloss] if isinstance(gloss, str) else gloss)
-    return {"longest_text": longest, "glosses": sorted(words)}
 
 
 def find_best(path):
@@ -506,32 +477,27 @@ class TextCodec:
         rows = []
         # normalised here, too: transformers' own normaliser leaves what is written in two marks
         for piece_id in tokenizer(normalise(text)).input_ids:
-            if piece_id in self.row:
-                rows.append(self.row[piece_id])
-            else:
+            ids = [piece_id]
+            if piece_id not in self.row:
                 characters = list(tokenizer.convert_ids_to_tokens(piece_id))  # '▁' among them
-                for character_id in tokenizer.convert_tokens_to_ids(characters):
-                    rows.append(self.row.get(character_id, self.unknown))
+                ids = tokenizer.convert_tokens_to_ids(characters)
+            rows += [self.row.get(i, self.unknown) for i in ids]
         return rows
 
     def encode(self, texts):
         """Texts -> labels (B, L), cut at max_text_length with the end kept, padded with -100."""
-        limit = self.max_text_length
         labels = []
         for text in texts:
-            rows = self.ids(text)
-            if len(rows) > limit:
-                rows = rows[: limit - 1] + rows[-1:]  # without its end it would teach never to stop
-            labels.append(torch.tensor(rows))
+            *rows, end = self.ids(text)
+            # without its end a text would teach never to stop
+            labels.append(torch.tensor([*rows[: self.max_text_length - 1], end]))
         return nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORE)
 
     def decode(self, rows):
         """Rows (B, L) -> texts without special pieces."""
-        ids = []
-        for row in rows.tolist():
-            ids.append([self.keep[i] for i in row])
+        ids = torch.tensor(self.keep)[rows.cpu()]  # (B, L)
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return [text.strip() for text in texts]
+        return list(map(str.strip, texts))
 
     def pieces(self):
         """The string of each row."""
@@ -544,6 +510,9 @@ def make_codec(config, texts, saved=None):
     if saved:
         tokenizer = T5Tokenizer.from_pretrained(saved["folder"], extra_ids=0)
         keep = saved["keep_pieces"]
+        pieces = len(tokenizer)
+        if keep[-1] >= pieces:  # transformers makes up 3 pieces where the files are missing
+            raise DataError(f"the tokeniser's files hold {pieces} pieces, of {keep[-1] + 1} needed")
     elif config.mt5_path:
         folder = mt5_folder(config.mt5_path)
         with naming(f"mt5_path {config.mt5_path}", "not a readable mT5", ConfigError):
@@ -576,7 +545,6 @@ def train_tokenizer(texts, vocab_size):
             hard_vocab_limit=False,  # a tiny corpus may not fill it
             character_coverage=1.0,
             max_sentence_length=2**24,
-            normalization_rule_name="nmt_nfkc",
             pad_id=0,
             eos_id=1,
             unk_id=2,
@@ -592,19 +560,17 @@ def pieces_to_keep(tokenizer, texts=None):
     That is pad, end, unknown, bytes, and all single characters; no texts = all; never mT5's
     sentinels: what has no row cannot be emitted.
     """
-    # pieces by their strings, sentinels apart
-    usable = {}
+    used = set(tokenizer.all_special_ids)  # pad, end and unknown
+    if texts:
+        used.update(*tokenizer(list(map(normalise, texts))).input_ids)
+    keep = []
     for piece, piece_id in tokenizer.get_vocab().items():
-        if not SENTINEL.fullmatch(piece):
-            usable[piece] = piece_id
-    if not texts:
-        return sorted(usable.values())
-    keep = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
-    keep = keep.union(*tokenizer([normalise(text) for text in texts]).input_ids)
-    for piece, piece_id in usable.items():
-        if len(piece.removeprefix("▁")) <= 1 or re.fullmatch("<0x..>", piece):
-            keep.add(piece_id)
-    return sorted(keep.intersection(usable.values()))
+        # single characters, with or without the space before them, and bytes spell what is not kept
+        spells = re.fullmatch("▁?.?|<0x..>", piece, re.DOTALL)
+        sentinel = re.fullmatch(r"▁?<extra_id_\d+>", piece)  # of mT5's pre-training
+        if not sentinel and (spells or not texts or piece_id in used):
+            keep.append(piece_id)
+    return sorted(keep)
 
 
 # ------------------------------------------------------------------------------- mT5, three ways
@@ -613,28 +579,10 @@ def pieces_to_keep(tokenizer, texts=None):
 def build_mt5(config, codec, saved):
     """mT5 with its head untied: as saved but for the weights, pretrained, or from scratch."""
     if saved:
-        return saved_mt5(codec, saved["mt5_config"])
+        sizes = {name: saved["mt5_config"][name] for name in MT5_SIZES.split()}
+        return untied_mt5(MT5Config(**sizes))
     if config.mt5_path:
         return pretrained_mt5(config.mt5_path, codec)
-    return new_mt5(config, codec)
-
-
-def saved_mt5(codec, mt5_config):
-    # no key beyond these: some name code that a hub would give
-    known = MT5Config().to_dict()
-    mt5_config = {name: value for name, value in mt5_config.items() if name in known}
-    mt5_config |= {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
-    mt5_config["relative_attention_max_distance"] = 128  # of every mT5
-    mt5 = untie(MT5ForConditionalGeneration(MT5Config(**mt5_config)))
-    pieces = len(codec.tokenizer)
-    need = max(codec.keep[-1] + 1, mt5.config.vocab_size)
-    if pieces < need:  # transformers makes up a vocabulary of 3 pieces where the files are missing
-        raise DataError(f"the tokeniser's files hold {pieces} pieces, the model needs {need}")
-    return mt5
-
-
-def new_mt5(config, codec):
-    """A small one, sized by the config."""
     mt5_config = MT5Config(
         vocab_size=len(codec),
         d_model=config.d_model,
@@ -643,11 +591,21 @@ def new_mt5(config, codec):
         d_ff=2 * config.d_model,
         num_layers=config.num_layers,
         num_decoder_layers=config.num_layers,
-        decoder_start_token_id=codec.tokenizer.pad_token_id,
     )
-    mt5 = untie(MT5ForConditionalGeneration(mt5_config))
+    mt5 = untied_mt5(mt5_config)
     # mT5 draws its head with deviation 1: the first loss is then 15, where ln(pieces) is 4
     nn.init.normal_(mt5.lm_head.weight, std=config.d_model**-0.5)
+    return mt5
+
+
+def untied_mt5(mt5_config):
+    """A new mT5. Its head is its own table; transformers 5 silently ties it to the input's."""
+    mt5 = MT5ForConditionalGeneration(mt5_config)
+    # said in the config, too, so that no later call ties them again
+    mt5.config.tie_word_embeddings = False
+    mt5.lm_head.weight = nn.Parameter(mt5.shared.weight.detach().clone())
+    # where transformers did not tie, each stack has a table of its own
+    mt5.set_input_embeddings(mt5.shared)
     return mt5
 
 
@@ -658,35 +616,31 @@ def pretrained_mt5(path, codec):
         mt5_config = MT5Config.from_pretrained(folder)
         weights = map_weights(folder)
         table = weights["shared.weight"]  # (rows, d_model)
-        head = weights.get("lm_head.weight")
-        if head is None or len(table) <= codec.keep[-1]:
+        if "lm_head.weight" not in weights or len(table) <= codec.keep[-1]:
             raise ConfigError(
                 f"mt5_path {path}: not an mT5: its head is tied to the piece table, or that has "
                 f"{len(table)} rows, fewer than the {codec.keep[-1] + 1} pieces"
             )
         # built small, then filled: the full tables are never in memory
         mt5_config.vocab_size = len(codec)
-        mt5 = untie(MT5ForConditionalGeneration(mt5_config))
+        mt5 = untied_mt5(mt5_config)
         weights["shared.weight"] = table[codec.keep]  # (pieces, d_model)
-        weights["lm_head.weight"] = head[codec.keep]  # (pieces, d_model)
-        # the stacks' own names of the table are that table
-        own = {name for name in mt5.state_dict() if "embed_tokens" not in name}
-        missing = own - weights.keys()
-        if missing:
-            raise ConfigError(f"mt5_path {path}: its weights lack {min(missing)}")
-        mt5.load_state_dict({name: weights[name] for name in own}, strict=False)
+        weights["lm_head.weight"] = weights["lm_head.weight"][codec.keep]  # (pieces, d_model)
+        # the shared table once, by its own name
+        state = {name: weights[name] for name, _ in mt5.named_parameters()}
+        mt5.load_state_dict(state, strict=False)
     return mt5
 
 
 def map_weights(folder):
     """Name -> tensor, from the folder's weight files; mapped: what nobody reads takes no memory."""
     weights = {}
-    for path in sorted(Path(folder).glob("*.safetensors")):
+    folder = Path(folder)
+    for path in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin")):
         refuse_pointer(path)
-        weights |= load_file(path)
-    if not weights:
-        for path in sorted(Path(folder).glob("pytorch_model*.bin")):
-            refuse_pointer(path)
+        if path.suffix == ".safetensors":
+            weights |= load_file(path)
+        else:
             mapped = zipfile.is_zipfile(path)  # what torch wrote before 1.6 cannot be
             weights |= torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     return weights
@@ -707,26 +661,10 @@ def mt5_folder(path):
     if path == DEFAULT_MT5 and beside.is_dir():
         path = beside
     if not Path(path).is_dir():
-        try:
+        what = f"no such folder, and the hub did not give it; {advice}"
+        with naming(f"mt5_path {path}", what, ConfigError):
             path = snapshot_download(path, allow_patterns=sum(needed, []))
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"mt5_path is {path!r}: no such folder, and the hub did not give it "
-                f"({str(error).splitlines()[0]}); {advice}"
-            ) from error
     for names in needed:
         if not any(list(Path(path).glob(name)) for name in names):
             raise ConfigError(f"mt5_path {path}: no {' or '.join(names)} there; {advice}")
     return path
-
-
-def untie(mt5):
-    """mT5's head is its own table; transformers 5 silently ties it to the input's. Part them."""
-    # said in the config, too, so that no later call ties them again
-    mt5.config.tie_word_embeddings = False
-    if mt5.lm_head.weight is mt5.shared.weight:
-        mt5.lm_head.weight = nn.Parameter(mt5.shared.weight.detach().clone())
-    # an untied model would give each stack a table of its own
-    mt5.encoder.set_input_embeddings(mt5.shared)
-    mt5.decoder.set_input_embeddings(mt5.shared)
-    return mt5

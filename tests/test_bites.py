@@ -286,7 +286,7 @@ def test_a_learnt_vocabulary_has_one_longer_piece_for_400_characters():
 class Vocabulary:
     """Twelve pieces; every text is the piece 书 and its end."""
 
-    pad_token_id, eos_token_id, unk_token_id = range(3)
+    all_special_ids = [0, 1, 2]
 
     def get_vocab(self):
         pieces = ["<pad>", "</s>", "<unk>", "▁", "书", "a", "ab"]

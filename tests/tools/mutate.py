@@ -210,12 +210,11 @@ TABLE = {
             ("[-1.0, 1.0, 1.0]", "[1.0, -1.0, 1.0]"),
         ],
         BITES + "root_mean_square": [
-            (".square() * seen", ".square()", "an unseen joint is zero in all three, as built"),
-            ("seen.sum((1, 2, 3)).clamp(min=1)", "(seen >= 0).sum((1, 2, 3))"),
-            ("mean_square.sqrt()", "mean_square"),
+            ("(hand[..., 2:] > 0).sum(", "(hand[..., 2:] >= 0).sum("),
+            ("joints.clamp(min=1)).sqrt()", "joints.clamp(min=1))"),
         ],
         BITES + "docstring_draws": [
-            ("torch.cat([body, left, right], dim", "torch.cat([body, right, left], dim"),
+            ("*hands.chunk(2)]", "*reversed(hands.chunk(2))]"),
             ("self.fusion(F.gelu(parts))", "self.fusion(parts)"),
             ("return x + self.dropout(", "return self.dropout("),
             ("self.linear(F.gelu(h))", "self.linear(h)"),
@@ -245,7 +244,7 @@ TABLE = {
             ("for i in path if i != BLANK", "for i in path"),
         ],
         MODELS + "ctc": [
-            ("classes.get(gloss, UNKNOWN_GLOSS)", "classes.get(gloss, BLANK + 2)"),
+            ("classes.get(word, UNKNOWN_GLOSS)", "classes.get(word, BLANK + 2)"),
             ("loss + self.config.ctc_weight * ctc", "loss + ctc"),
             ("losses[target_lengths > 0].sum()", "losses[target_lengths > 0].mean()"),
             ("losses[target_lengths > 0].sum()", "losses.sum()"),
@@ -285,21 +284,23 @@ TABLE = {
         MODELS + "start_smaller": [
             ("self.layer_norm.weight, 0.5)", "self.layer_norm.weight, 1.0)")
         ],
-        MODELS + "sinusoid": [("math.log(10000.0)", "math.log(1000.0)")],
+        MODELS + "sinusoid": [("10000 ** (", "1000 ** (")],
         MODELS + "apart_from_the_table": [
             ("nn.Parameter(mt5.shared.weight.detach().clone())", "mt5.shared.weight"),
         ],
         MODELS + "near_the_uniform": [("std=config.d_model**-0.5", "std=1.0")],
-        MODELS + "cut_at_max_text_length": [("rows[: limit - 1] + rows[-1:]", "rows[:limit]")],
+        MODELS + "cut_at_max_text_length": [
+            ("[*rows[: self.max_text_length - 1], end]", "[*rows, end][: self.max_text_length]")
+        ],
         BITES + "single_characters": [
-            ("if not SENTINEL.fullmatch(piece):", "if True:"),
-            ('len(piece.removeprefix("▁")) <= 1', "len(piece) <= 1"),
-            ('len(piece.removeprefix("▁")) <= 1', "True"),
-            ('re.fullmatch("<0x..>", piece)', "False"),
+            ("if not sentinel and (", "if ("),
+            ('"▁?.?|<0x..>"', '".?|<0x..>"'),
+            ('"▁?.?|<0x..>"', '".*"'),
+            ('"▁?.?|<0x..>"', '"▁?.?"'),
         ],
         MODELS + "is_spelled": [
-            ('len(piece.removeprefix("▁")) <= 1 or', ""),
-            ("rows.append(self.row.get(character_id, self.unknown))", "pass"),
+            ('"▁?.?|<0x..>"', '"<0x..>"'),
+            ("rows += [self.row.get(i, self.unknown) for i in ids]", "rows += ids[:0]"),
         ],
         BITES + "longer_piece": [
             ("len, texts)) // 400)", "len, texts)) // 40)"),
