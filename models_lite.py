@@ -232,8 +232,7 @@ class SignLanguageLite(nn.Module):
         # joints -> one vector a part; both hands in one call, since they share the layer
         left = hand_features(src_input["left"], body[:, :, LEFT_WRIST], mirror=True)
         right = hand_features(src_input["right"], body[:, :, RIGHT_WRIST], mirror=False)
-        hands = torch.cat([left, right])  # (2 B, T, 108)
-        hands = self.pose_embed["hand"](hands)  # (2 B, T, d_model)
+        hands = self.pose_embed["hand"](torch.cat([left, right]))  # (2 B, T, d_model)
         body = self.pose_embed["body"](part_features(body))  # (B, T, d_model)
 
         # parts -> one vector a frame, which sees its neighbours in time
