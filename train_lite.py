@@ -19,12 +19,11 @@ import re
 import shutil
 import signal
 import sys
-import threading
 import time
 import zipfile
 import zlib
 from collections import Counter
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
@@ -83,10 +82,10 @@ MUON_LAYERS = {
 SAVE_EVERY = 15 * 60  # seconds; a longer epoch is saved within, too
 EVAL_BATCH = 16  # clips per forward pass of an evaluation, at least
 # In these fields a run may differ from the last.pt it goes on from: they do not shape the result.
-FREE_FIELDS = "output_dir resume_from auto_resume num_workers device log_interval val_interval "
-FREE_FIELDS += "use_tensorboard log_dir gradient_checkpointing on_bad_clip data_dir"
-STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
-STOP_SIGNALS |= {getattr(signal, "SIGUSR1", signal.SIGTERM)}  # Slurm's, before the time is up
+FREE_FIELDS = """output_dir resume_from auto_resume num_workers device log_interval val_interval
+use_tensorboard log_dir gradient_checkpointing on_bad_clip data_dir"""
+# SIGUSR1 is Slurm's, before the time is up; Windows has none
+STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)}
 # The fields of Run that last.pt keeps beside weights and optimisers.
 KEPT = "epoch batch step skipped bad_in_a_row meter history"
 
@@ -99,6 +98,11 @@ class Stopped(Exception):
     """A signal asked the run to stop; args[0] is its number."""
 
 
+def complain(text):
+    """On stderr, so that what a command puts out can be piped on."""
+    print(text, file=sys.stderr)
+
+
 @dataclass
 class Place:
     """Where this process runs: its rank among `world` processes, and its device."""
@@ -107,13 +111,13 @@ class Place:
     world: int = 1
     device: torch.device = torch.device("cpu")
 
-    def gather(self, rows=()):
-        """The processes' lists, joined, in every process, which waits for the others here."""
+    def gather(self, value=None):
+        """Each process's value, in every process, which waits for the others here."""
         # one process alone has only its own
-        parts = [rows] * self.world
+        values = [value] * self.world
         if self.world > 1:
-            dist.all_gather_object(parts, rows)
-        return [row for part in parts for row in part]
+            dist.all_gather_object(values, value)
+        return values
 
     def autocast(self):
         """bf16 where the GPU has it in hardware, else fp32; never fp16: it overflows in mT5."""
@@ -124,7 +128,7 @@ class Place:
     def peak_memory_gb(self):
         """Of the GPU, else of this process."""
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) / 1e9
+            return torch.cuda.max_memory_allocated() / 1e9
         if resource is None:
             return 0.0
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -165,16 +169,19 @@ class Run:
 
     # of the step that is under way
     window: Counter = field(default_factory=Counter)  # sums over its micro-batches
-    clips: list = field(default_factory=list)  # (whether its loss was finite, name)
+    clips: dict = field(default_factory=dict)  # name -> its micro-batch's loss
     last_loss: float = math.nan  # of the last step, per token
-    saved_at: float = field(default_factory=time.monotonic)  # seconds
+    saved_at: float = time.monotonic()  # seconds
     signals: Any = None  # Signals, while the loop runs
     stop_signal: int = 0  # a signal's number, known to all processes; 0 = none
 
     def description(self):
         """The configuration, and what else decides whether a run may be gone on with."""
-        others = {"inference": asdict(self.inference), "labels": self.labels}
-        return asdict(self.config) | others | {"processes": self.place.world}
+        return asdict(self.config) | {
+            "inference": asdict(self.inference),
+            "labels": self.labels,
+            "processes": self.place.world,
+        }
 
     @property
     def clips_per_step(self):
@@ -196,7 +203,7 @@ class Run:
         """
         measure = "bleu4" if any(m["bleu4"] for m in self.history) else "exact_match"
         highest = max(m[measure] for m in self.history) / 100
-        error = math.sqrt(max(0, highest * (1 - highest)) / self.history[-1]["dev_clips"])
+        error = math.sqrt(abs(highest * (1 - highest)) / self.history[-1]["dev_clips"])
         near = [m for m in self.history if m[measure] / 100 >= highest - error]
         return near[-1]
 
@@ -246,14 +253,13 @@ def save_checkpoint(path, run):
     No random state is in it: each micro-batch draws from seed, epoch and number (`micro_batch`).
     """
     state = {name: getattr(run, name) for name in KEPT.split()}
-    # a second start then changes nothing
-    finished = run.step >= run.total_steps and run.validated
     state |= {
         "config": run.description(),
         "made_of": made_of(run.model, run.data),
         "model": run.model.state_to_save(),
         "optimizer": [optimizer.state_dict() for optimizer in run.optimizers],
-        "finished": finished,
+        # a second start then changes nothing
+        "finished": run.step >= run.total_steps and run.validated,
     }
     write_whole(path, lambda aside: torch.save(state, aside))
 
@@ -273,21 +279,20 @@ def evaluate(model, data_loader, inference, place=None, signals=None):
     model.eval()
     # a row a clip; sums over the split, so that short batches do not weigh more
     rows = []
-    nll = []
+    nll = 0.0
     tokens = 0
     correct = 0
     wrong_glosses = 0
     glosses = 0
-    batches = data_loader.batch_sampler
-    bar = tqdm(batches, dataset.phase, unit=" batches", disable=None, leave=False)
-    for clips, (src_input, tgt_input) in zip(bar, data_loader):
+    bar = tqdm(data_loader, dataset.phase, unit=" batches", disable=None, leave=False)
+    for (src_input, tgt_input), clips in zip(bar, data_loader.batch_sampler):
         if signals and signals.number:
             raise Stopped(signals.number)
         with on_device(src_input, place) as src_input, place.autocast():
             output = model(src_input, tgt_input)
             texts = model.generate(src_input, **asdict(inference))
         # the plain nll, whatever smoothing and CTC add to the loss
-        nll.append(output.nll.item() * output.num_tokens)
+        nll += output.nll.item() * output.num_tokens
         tokens += output.num_tokens
         correct += output.num_correct
         rows += zip(clips, src_input["names"], tgt_input["gt_sentence"], texts)
@@ -298,7 +303,7 @@ def evaluate(model, data_loader, inference, place=None, signals=None):
                 glosses += len(wanted)
     rows.sort()  # batches came by length: back to the order of the label file
     *_, references, predictions = zip(*rows)
-    metrics = {"dev_loss": math.fsum(nll) / tokens, "dev_accuracy": 100 * correct / tokens}
+    metrics = {"dev_loss": nll / tokens, "dev_accuracy": 100 * correct / tokens}
     metrics |= scores_and_baselines(predictions, references, dataset.config.language)
     if glosses:
         metrics["gloss_wer"] = 100 * wrong_glosses / glosses
@@ -327,12 +332,13 @@ def compute_metrics(predictions, references, language="zh"):
     for order in (1, 2, 3, 4):
         bleu = make_bleu(language, order)
         metrics[f"bleu{order}"] = bleu.corpus_score(predictions, [references]).score
-    metrics["chrf"] = CHRF().corpus_score(predictions, [references]).score
-    metrics["rouge_l"] = 100 * sum(rouge_l(split(p), split(r)) for p, r in pairs) / count
-    metrics["exact_match"] = 100 * sum(p == r for p, r in pairs) / count
-    metrics["unique_ratio"] = 100 * len(set(predictions)) / count
-    metrics["bleu_signature"] = str(bleu.get_signature())
-    return metrics
+    return metrics | {
+        "chrf": CHRF().corpus_score(predictions, [references]).score,
+        "rouge_l": 100 * sum(rouge_l(split(p), split(r)) for p, r in pairs) / count,
+        "exact_match": 100 * sum(p == r for p, r in pairs) / count,
+        "unique_ratio": 100 * len(set(predictions)) / count,
+        "bleu_signature": str(bleu.get_signature()),
+    }
 
 
 # ------------------------------------------------------------------------------- the loop
@@ -345,14 +351,24 @@ def train(config, inference, args=None):
     if isinstance(config, DemoConfig):
         demo_banner(config, place)
     run = Run(config, inference, place, labels=labels_digest(config))
-    run.folder, last = agree_on_folder(run)
+    # each process finds the same: nothing changes before all have read the data
+    run.folder, last = choose_folder(config, run.description())
+    if last is None:  # what is missing is said before the poses are read
+        if config.mt5_path:
+            mt5_folder(config.mt5_path)
+        if config.init_from:
+            find_best(config.init_from)
     with lock_folder(run.folder) if place.rank == 0 else nullcontext():
         # go on, or find that there is nothing left to do
         state = load_checkpoint(last) if last else None
         if state and state["finished"] and not differences(run.description(), state["config"]):
             run.folder = last.parent
             run.history = state["history"]
-            say_finished(run)
+            print(
+                f"{run.folder}: this run is finished, at step {state['step']}; nothing was "
+                "changed. To go on, raise max_steps or epochs; to begin anew, --auto_resume false"
+            )
+            say_end(run)
             return 0
 
         # data, model, optimiser: new, or as last.pt left them
@@ -366,14 +382,15 @@ def train(config, inference, args=None):
         )
         if state:
             restore(run, state)
-        run.net = for_all_processes(run.model, place)
+        run.net = run.model
+        if place.world > 1:
+            run.net = DistributedDataParallel(run.model)
         run.writer = make_writer(run)
         print_plan(run)
         print(f"resumed from {last} at step {run.step}" if state else f"writing to {run.folder}")
         if place.rank == 0:
             write_whole(run.folder / "config.json", to_json(run.description()))
 
-        stopped_by = 0
         with Signals() as run.signals:
             try:
                 if not run.history:
@@ -393,6 +410,7 @@ def train(config, inference, args=None):
                     if due and not run.validated:
                         validate(run)
                     save_last(run)
+                stopped_by = 0
             except Stopped as stopped:
                 stopped_by = stopped.args[0]
             if run.writer:
@@ -426,12 +444,11 @@ def find_place(config):
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if rank:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # said once, not once a process
+        sys.stdout = None  # print then does nothing: said once, not once a process
     torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32
-    if world > 1 and not dist.is_initialized():
+    if world > 1:
         # hours: the others wait while the first reads a large corpus
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=6))
+        dist.init_process_group(timeout=timedelta(hours=6))
     return Place(rank, world, device)
 
 
@@ -456,25 +473,9 @@ def labels_digest(config):
     return f"{digest:08x}"
 
 
-def agree_on_folder(run):
-    """-> (the run's folder, its last.pt or None), the first process's choice."""
-    config = run.config
-    chosen = []
-    if run.place.rank == 0:
-        chosen = [choose_folder(config, run.description())]
-    folder, last = run.place.gather(chosen)[0]
-    if last is None:  # what is missing is said before the poses are read
-        if config.mt5_path:
-            mt5_folder(config.mt5_path)
-        if config.init_from:
-            find_best(config.init_from)
-    return folder, last
-
-
 def choose_folder(config, description):
     """-> (the run's folder, its last.pt or None). Another run is never written over."""
-    name = "demo" if isinstance(config, DemoConfig) else Path(config.data_dir).resolve().name
-    base = Path(config.output_dir or f"checkpoints/{name}")
+    base = Path(config.output_dir or f"checkpoints/{Path(config.data_dir).resolve().name}")
     resumed = None
     # --resume: that run, in its own folder or copied into another
     if config.resume_from:
@@ -494,7 +495,7 @@ def choose_folder(config, description):
             last = find_latest_checkpoint(folder)
             changed = "its last.pt is missing"
             if last:
-                changed = differences(read_json(folder / "config.json"), description)
+                changed = differences(load_checkpoint(last)["config"], description)
             if not changed:
                 return folder, last
             if config.output_dir:
@@ -504,7 +505,7 @@ def choose_folder(config, description):
                 )
             print(f"{folder} holds another run ({changed})")
         number += 1
-        folder = base.parent / f"{Path(os.path.abspath(base)).name}-{number}"
+        folder = base.parent / f"{base.resolve().name}-{number}"
     return folder, resumed
 
 
@@ -517,10 +518,8 @@ def differences(saved, now):
     changed = {name for name in now if saved.get(name) != now[name]}
     changed -= {*FREE_FIELDS.split(), "epochs", "max_steps"}
     # the budget may grow, but neither shrink nor change from epochs to steps
-    in_steps = bool(now["max_steps"])
-    was_in_steps = bool(saved.get("max_steps"))
-    budget = "max_steps" if in_steps or was_in_steps else "epochs"
-    if in_steps != was_in_steps or now[budget] < saved.get(budget, 0):
+    budget = "max_steps" if now["max_steps"] or saved.get("max_steps") else "epochs"
+    if not 0 < saved.get(budget, 0) <= now[budget]:
         changed.add(budget)
     return "; ".join(f"{name}: {saved.get(name)!r} -> {now[name]!r}" for name in sorted(changed))
 
@@ -544,6 +543,10 @@ def lock_folder(folder):
         yield
 
 
+def texts_of(dataset):
+    return [entry["text"] for entry in dataset.entries]
+
+
 def load_data(config, place):
     """-> {"train": SignLanguageDataset, "dev": ...}; the first process reads the files for all."""
     data = {}
@@ -565,10 +568,8 @@ def load_data(config, place):
 def build_model(config, data, state=None):
     """A new model from the training texts and glosses, or with the weights that last.pt holds."""
     torch.manual_seed(config.seed)
-    entries = data["train"].entries
-    texts = [entry["text"] for entry in entries]
-    glosses = [entry["gloss"] for entry in entries]
-    model = SignLanguageLite(config, texts, glosses)
+    glosses = [entry["gloss"] for entry in data["train"].entries]
+    model = SignLanguageLite(config, texts_of(data["train"]), glosses)
     # the same data must give the same vocabulary, else ids would mean other pieces
     if state:
         now = made_of(model, data)  # pieces, glosses, clips
@@ -609,7 +610,6 @@ def make_loader(dataset, batches=None):
         num_workers=config.num_workers,
         worker_init_fn=leave_signals_to_main,
         generator=torch.Generator(),  # its own, so that loading draws nothing from torch's
-        pin_memory=config.device != "cpu" and torch.cuda.is_available(),
     )
 
 
@@ -619,11 +619,12 @@ def make_optimizers(model, config, total_steps, steps_per_epoch, state=None):
     No decay on norms and biases. Per step: linear warm-up, then a cosine to min_lr. state: what
     last.pt holds, to go on from; the schedule is that of the budget asked for now.
     """
-    hidden = []
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and name.startswith(MUON_LAYERS[config.muon]):
-            hidden.append(module.weight)
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in map(id, hidden)]
+    hidden = [
+        module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name.startswith(MUON_LAYERS[config.muon])
+    ]
+    others = [p for p in model.parameters() if p.requires_grad and p not in set(hidden)]
     groups = [
         {"params": [p for p in others if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0},
@@ -647,12 +648,10 @@ def make_optimizers(model, config, total_steps, steps_per_epoch, state=None):
         for optimizer, saved in zip(optimizers, state["optimizer"]):
             optimizer.load_state_dict(saved)
     # of transformers' cosines to a minimum the one whose first step is not lost at rate zero
-    schedulers = []
-    for optimizer in optimizers:
-        schedule = cosine_schedule(
-            optimizer, warmup, total_steps, last_epoch=last, min_lr=config.min_lr
-        )
-        schedulers.append(schedule)
+    schedulers = [
+        cosine_schedule(optimizer, warmup, total_steps, last_epoch=last, min_lr=config.min_lr)
+        for optimizer in optimizers
+    ]
     return optimizers, schedulers
 
 
@@ -665,14 +664,6 @@ def restore(run, state):
         setattr(run, name, state[name])
     if not list(run.folder.glob("best*")):
         run.history = []
-
-
-def for_all_processes(model, place):
-    """The model, or DistributedDataParallel around it."""
-    if place.world == 1:
-        return model
-    devices = [place.device.index] if place.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices)
 
 
 def make_writer(run):
@@ -690,7 +681,7 @@ def print_plan(run):
     place = run.place
     codec = run.model.codec
     window = run.clips_per_step
-    dev_texts = [entry["text"] for entry in run.data["dev"].entries]
+    dev_texts = "".join(texts_of(run.data["dev"]))
     # all that decides the run, so that a log alone tells what it was
     print("configuration: " + ", ".join(f"{k} {v!r}" for k, v in asdict(config).items()))
     print("\n".join(data_report(run.data, codec)))
@@ -705,7 +696,7 @@ def print_plan(run):
     # what a first run gets wrong most often
     if config.ctc_weight and run.model.gloss_head is None:
         print("warning: ctc_weight is set, but labels.train has no glosses: training is gloss-free")
-    if config.language == "zh" and max("".join(dev_texts)) < "\u2e80":
+    if config.language == "zh" and max(dev_texts) < "\u2e80":
         print("warning: language is zh, but no text has a Chinese character: set --language")
     if window < 32:
         print(
@@ -729,8 +720,7 @@ def rest_of_epoch(run):
     plan = plan_epoch(data.lengths, run.config, run.epoch, run.place.rank, run.place.world)
     rest = plan[run.batch :]
     run.net.train()
-    with run.timed("waited"):
-        batches = iter(make_loader(data, [clips for _, clips, _ in rest]))  # starts its processes
+    batches = iter(make_loader(data, [clips for _, clips, _ in rest]))
     for number, _, counts in rest:
         if run.step >= run.total_steps:
             return
@@ -749,27 +739,27 @@ def micro_batch(run, number, counts, src_input, tgt_input, last):
     # from seed, epoch and number alone: a resumed run, or more processes, draw the same dropout
     torch.manual_seed(hash((run.config.seed, run.epoch, number)))  # of ints: always the same
     # gradients travel once a window, not once a batch
-    exchange_later = run.place.world > 1 and not last
-    silent = run.net.no_sync() if exchange_later else nullcontext()
+    exchange_now = last or run.place.world == 1
+    silent = nullcontext() if exchange_now else run.net.no_sync()
     with on_device(src_input, run.place) as src_input, silent:
         with run.place.autocast():
             output = run.net(src_input, tgt_input)
         # summed, not averaged: texts of unlike length weigh by their tokens; `optimiser_step`
         # divides once, by all tokens of the window
-        summed_loss = output.loss * output.num_tokens
+        tokens = output.num_tokens  # targets, padding apart
+        summed_loss = output.loss * tokens
         # a gradient of zeros, for which the other processes wait
         if not counts:
             summed_loss = summed_loss * 0.0
         summed_loss.backward()
     if not counts:
         return
-    tokens = output.num_tokens  # targets, padding apart
-    loss = output.loss.item()
     names = src_input["names"]
-    run.clips += [(math.isfinite(loss), name) for name in names]
+    loss = summed_loss.item()
+    run.clips |= dict.fromkeys(names, loss)
     run.window.update(
         tokens=tokens,
-        loss=loss * tokens,
+        loss=loss,
         nll=output.nll.item() * tokens,
         correct=output.num_correct,
         clips=len(names),
@@ -781,47 +771,46 @@ def optimiser_step(run):
 
     A step that is not finite is skipped; RunError after ten of them in a row.
     """
-    signal_number = run.signals.number if run.signals else 0
-    # tokens of all processes, and whether one of them was asked to stop
-    parts = run.place.gather([(run.window, signal_number)])
-    run.stop_signal = max(number for _, number in parts)
+    # sums of all processes, and whether one of them was asked to stop
+    own_signal = run.signals.number if run.signals else 0
     window = Counter()
-    for part, _ in parts:
+    for part, signal_number in run.place.gather((run.window, own_signal)):
         window.update(part)
+        run.stop_signal = max(run.stop_signal, signal_number)
     tokens = max(window["tokens"], 1)
 
-    parameters = [p for p in run.model.parameters() if p.grad is not None]
-    for parameter in parameters:
+    for parameter in run.model.parameters():
         # DistributedDataParallel averages over processes: undo that, the mean is over tokens
-        parameter.grad.mul_(run.place.world / tokens)
+        if parameter.grad is not None:
+            parameter.grad.mul_(run.place.world / tokens)
     # norm before clipping; with max_grad_norm 0 it is only measured
-    norm = torch.nn.utils.clip_grad_norm_(parameters, run.config.max_grad_norm or math.inf)
+    limit = run.config.max_grad_norm or math.inf
+    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), limit)
     if math.isfinite(norm) and math.isfinite(window["loss"]):
         run.meter.update(window)
         run.bad_in_a_row = 0
     else:
-        run.model.zero_grad(set_to_none=True)  # a step without gradients changes nothing
+        run.model.zero_grad()  # a step without gradients changes nothing
         run.skipped += 1
         run.bad_in_a_row += 1
         # where a loss was not finite, its clips; else all
-        names = [name for finite, name in run.clips if not finite]
-        names = names or [name for _, name in run.clips]
-        print(
+        names = [name for name, loss in run.clips.items() if not math.isfinite(loss)]
+        names = names or list(run.clips)
+        complain(
             f"warning: step {run.step + 1} is skipped: its loss or gradient (norm {norm:.3g}) is "
-            f"not finite; {run.skipped} so far; clips: {', '.join(names[:32])}",
-            file=sys.stderr,
+            f"not finite; {run.skipped} so far; clips: {', '.join(names[:32])}"
         )
     # the schedule moves with every step, skipped or not, and beyond its end it would rise again
     for optimizer, scheduler in zip(run.optimizers, run.schedulers):
         optimizer.step()
         if run.step + 1 < run.total_steps:
             scheduler.step()
-    run.model.zero_grad(set_to_none=True)
+    run.model.zero_grad()
     # what follows begins a new window
     run.step += 1
     run.last_loss = window["loss"] / tokens
     run.window = Counter()
-    run.clips = []
+    run.clips = {}
     if run.bad_in_a_row >= 10:
         raise RunError(
             "10 steps in a row were not finite: lower learning_rate, keep max_grad_norm above 0, "
@@ -832,14 +821,13 @@ def optimiser_step(run):
 @contextmanager
 def on_device(src_input, place):
     """The batch with its tensors on the device; memory that fails is a RunError with advice."""
-    moved = dict(src_input)
     try:
-        for key, value in src_input.items():
-            if torch.is_tensor(value):
-                moved[key] = value.to(place.device, non_blocking=True)
-        yield moved
+        yield {
+            key: value.to(place.device) if torch.is_tensor(value) else value
+            for key, value in src_input.items()
+        }
     except RuntimeError as error:
-        if "out of memory" not in str(error) and "t allocate memory" not in str(error):
+        if not re.search("out of memory|allocate memory", str(error)):
             raise
         clips, frames = src_input["attention_mask"].shape
         raise RunError(
@@ -881,13 +869,12 @@ def save_last(run):
 
 def validate(run):
     """Score dev, print and write what came out, and replace best/ where it is the best so far."""
-    scored = []
+    scored = None
     if run.place.rank == 0:  # the others wait
         # several processes stop at an optimiser step, together
         signals = run.signals if run.place.world == 1 else None
-        scored = [
-            evaluate(run.model, make_loader(run.data["dev"]), run.inference, run.place, signals)
-        ]
+        loader = make_loader(run.data["dev"])
+        scored = evaluate(run.model, loader, run.inference, run.place, signals)
     scores, rows = run.place.gather(scored)[0]
     # of training since the last validation
     sums = run.meter
@@ -910,31 +897,27 @@ def validate(run):
     if run.place.rank == 0:
         if run.best is metrics:
             save_best(run, metrics)
-        lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in run.history)
-        write_whole(run.folder / "metrics.jsonl", lines.encode())
+        lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in run.history]
+        write_whole(run.folder / "metrics.jsonl", "".join(lines))
         write_predictions(run.folder / "predictions_dev.txt", rows)
 
 
 def print_validation(run, metrics, rows):
     """One line of scores, two samples, and warnings where nothing is learnt."""
-    names = "dev_loss dev_accuracy bleu4 shuffled_bleu4 chrf exact_match "
-    names += "unique_ratio reference_unique_ratio gloss_wer"
+    names = """dev_loss dev_accuracy bleu4 shuffled_bleu4 chrf exact_match
+    unique_ratio reference_unique_ratio gloss_wer"""
     report(run, "dev", {name: metrics[name] for name in names.split() if name in metrics})
     # the first clip and one from the middle, prediction under reference
     for _, name, reference, prediction in (rows[0], rows[len(rows) // 2]):
         print(f"    {name}\n      reference   {shorten(reference)}")
         print(f"      prediction  {shorten(prediction)}")
-    # what a model that knows nothing would score
-    uniform = math.log(len(run.model.codec))
     if metrics["step"]:
-        if not metrics["dev_loss"] <= uniform:  # NaN, too
-            print(
-                f"warning: dev_loss {metrics['dev_loss']:.2f} is worse than guessing evenly "
-                f"({uniform:.2f})"
-            )
-        warning = collapse_warning(metrics, [row[3] for row in rows])
-        if warning:
-            print(warning)
+        # what a model that knows nothing would score
+        uniform = math.log(len(run.model.codec))
+        loss = metrics["dev_loss"]
+        if not loss <= uniform:  # NaN, too
+            print(f"warning: dev_loss {loss:.2f} is worse than guessing evenly ({uniform:.2f})")
+        print(collapse_warning(metrics, [row[3] for row in rows]), end="")
 
 
 def shown_epoch(run):
@@ -944,29 +927,25 @@ def shown_epoch(run):
 
 def report(run, part, row):
     """{name: value} as one line in fixed order for grep, and to TensorBoard."""
-    line = [f"epoch {shown_epoch(run):03d}", f"step {run.step:06d}/{run.total_steps:06d}"]
+    line = f"epoch {shown_epoch(run):03d} | step {run.step:06d}/{run.total_steps:06d}"
     for name, value in row.items():
-        line.append(f"{name} {value:.4g}")
+        line += f" | {name} {value:.4g}"
         if run.writer:
             run.writer.add_scalar(f"{part}/{name}", value, run.step)
-    print(" | ".join(line))
+    print(line)
 
 
-class Signals:
+class Signals(ExitStack):
     """Keeps the first SIGINT, SIGTERM or SIGUSR1 for the loop to see; a second ends the process."""
 
     number = 0
 
     def __enter__(self):
-        numbers = STOP_SIGNALS
-        if threading.current_thread() is not threading.main_thread():
-            numbers = []  # Python lets the main thread alone set handlers
-        self.before = {number: signal.signal(number, self.catch) for number in numbers}
+        with suppress(ValueError):  # Python lets the main thread alone set handlers
+            for number in STOP_SIGNALS:
+                before = signal.signal(number, self.catch)
+                self.callback(signal.signal, number, before)  # at the exit
         return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
     def catch(self, number, _):
         """The handler. It may interrupt a print, so it must not print itself."""
@@ -986,15 +965,6 @@ def leave_signals_to_main(_):
 
 
 # ------------------------------------------------------------------------------- after the loop
-
-
-def say_finished(run):
-    budget = "max_steps" if run.config.max_steps else "epochs"
-    print(
-        f"{run.folder}: this run is finished, at step {run.history[-1]['step']}; nothing was "
-        f"changed. To go on, raise {budget}; to begin anew, --auto_resume false"
-    )
-    say_end(run)
 
 
 def say_end(run):
@@ -1042,21 +1012,18 @@ def rouge_l(hypothesis, reference, beta=1.2):
     # where a replacement costs two, an edit distance counts what is not in common
     apart = edit_distance(hypothesis, reference, replace=2)
     common = (len(hypothesis) + len(reference) - apart) // 2
-    if not common:
-        return 0.0
-    precision = common / len(hypothesis)
-    recall = common / len(reference)
-    return (1 + beta**2) * precision * recall / (recall + beta**2 * precision)
+    # (1 + b^2) P R / (R + b^2 P), where precision P is common / len(hypothesis), recall R likewise
+    weighed = len(hypothesis) + beta**2 * len(reference)
+    return (1 + beta**2) * common / max(weighed, 1)
 
 
 def exchange(texts):
     """-> order: clip i is given clip order[i], of another text than its own wherever possible."""
-    # by checksum: equal texts stand together, like ones, which a plain sort would pair, do not
-    ranked = sorted(range(len(texts)), key=lambda i: (zlib.crc32(texts[i].encode()), texts[i]))
-    # no clip may get its own text back
+    ranked = np.argsort(texts, kind="stable")  # equal texts stand together
+    # no clip may get its own text back, nor one that begins alike
     most = max(Counter(texts).values())
     shift = max(most, len(texts) // 2)  # farther than the clips of any one text reach
-    order = np.empty(len(texts), int)
+    order = np.empty_like(ranked)
     order[ranked] = np.roll(ranked, -shift)
     return order.tolist()
 
@@ -1069,12 +1036,9 @@ def scores_and_baselines(predictions, references, language):
     perfect = compute_metrics(references, references, language)
     # an order of BLEU that even the references themselves do not reach
     unreached = {key: 0.0 for key, value in perfect.items() if value == 0}
-
-    def scores(texts):
-        return compute_metrics(texts, references, language) | unreached
-
-    metrics = scores(predictions)
-    shuffled = scores([predictions[i] for i in exchange(references)])
+    exchanged = [predictions[i] for i in exchange(references)]
+    metrics = compute_metrics(predictions, references, language) | unreached
+    shuffled = compute_metrics(exchanged, references, language) | unreached
     for key in ("bleu4", "chrf", "exact_match"):
         metrics[f"shuffled_{key}"] = shuffled[key]
     metrics["reference_unique_ratio"] = perfect["unique_ratio"]
@@ -1082,7 +1046,7 @@ def scores_and_baselines(predictions, references, language):
 
 
 def collapse_warning(metrics, predictions):
-    """A sentence where the outputs do not depend on the poses, else "". chrF tells."""
+    """A line where the outputs do not depend on the poses, else "". chrF tells."""
     top, count = Counter(predictions).most_common(1)[0]
     # chrF knows single words, too, where BLEU-4 has nothing to count
     gap = metrics["chrf"] - metrics["shuffled_chrf"]
@@ -1094,13 +1058,13 @@ def collapse_warning(metrics, predictions):
     return (
         f"warning: the model ignores the pose: it has collapsed onto {shorten(top)!r} ({count} of "
         f"{len(predictions)} outputs; chrF {metrics['chrf']:.1f}, with exchanged poses "
-        f"{metrics['shuffled_chrf']:.1f})"
+        f"{metrics['shuffled_chrf']:.1f})\n"
     )
 
 
 def intervals(predictions, references, language, samples=1000):
     """{metric: its score and 95 % interval over resampled clips, as text}; texts: normalised."""
-    right = np.array([100.0 * (p == r) for p, r in zip(predictions, references)])
+    right = 100.0 * np.equal(predictions, references)
     resampled = np.random.default_rng(0).choice(right, (samples, len(right))).mean(1)
     low, high = np.percentile(resampled, [2.5, 97.5])
     # sacrebleu resamples with a fixed seed of its own
@@ -1119,32 +1083,31 @@ def shorten(text, width=60):
 
 
 def write_whole(path, content):
-    """Write bytes, or the file or folder that content(path) writes, beside path, then rename it.
+    """Write a text, or the file or folder that content(path) writes, beside path, then rename it.
 
     So path is never half; a crash between a folder's two renames leaves path.old. Raises RunError
     naming path and the space left.
     """
-    path = Path(path)
     aside = path.with_name(f"{path.name}.{os.getpid()}.part")
     old = path.with_name(f"{path.name}.old")
     try:
         if callable(content):
             content(aside)
         else:
-            aside.write_bytes(content)
+            aside.write_bytes(content.encode())
         # on disk before the rename: a crash must not leave a name without its bytes
         for written in [*aside.rglob("*"), aside]:
             flush_to_disk(written)
         # a folder cannot replace a folder: the old one steps aside
         if path.is_dir():
-            shutil.rmtree(old, ignore_errors=True)
+            remove(old)
             os.replace(path, old)
         os.replace(aside, path)
         flush_to_disk(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
     except (OSError, RuntimeError, SafetensorError) as error:  # of a full disk, too
         remove(aside)
-        free = shutil.disk_usage(path.parent).free / 1e6 if path.parent.is_dir() else 0
+        free = shutil.disk_usage(path.parent).free / 1e6
         raise RunError(
             f"could not write {path}: {error} ({free:,.0f} MB are free); what stood there is whole"
         ) from error
@@ -1160,18 +1123,13 @@ def flush_to_disk(path):
 
 def remove(path):
     if path.is_dir():
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
 
 
 def to_json(content):
-    return (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode()
-
-
-def read_json(path):
-    with naming(path, "cannot be read"):
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+    return json.dumps(content, ensure_ascii=False, indent=1) + "\n"
 
 
 def save_best(run, metrics):
@@ -1179,7 +1137,7 @@ def save_best(run, metrics):
 
     def write(folder):
         run.model.save_pretrained(folder, **run.description())
-        (folder / "metrics.json").write_bytes(to_json(metrics))
+        (folder / "metrics.json").write_bytes(to_json(metrics).encode())
 
     write_whole(run.folder / "best", write)
 
@@ -1189,7 +1147,7 @@ def write_predictions(path, rows):
     text = "name\treference\tprediction\n"
     for row in rows:
         text += "\t".join(re.sub(r"\s+", " ", cell) for cell in row[1:]) + "\n"
-    write_whole(path, text.encode())
+    write_whole(path, text)
 
 
 # ------------------------------------------------------------------------------- check
@@ -1213,13 +1171,13 @@ def check_command(config, inference, args):
     codec = None
     if "train" in data:
         try:
-            codec = make_codec(config, [entry["text"] for entry in data["train"].entries])
+            codec = make_codec(config, texts_of(data["train"]))
         except ConfigError as error:
             print(f"warning: texts are not counted in pieces: {error}")
     print("\n".join(data_report(data, codec)))
     # every fault, not the first alone
     for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
+        complain(f"error: {problem}")
     if problems:
         print(f"{len(problems)} errors")
         return 1
@@ -1230,21 +1188,20 @@ def check_command(config, inference, args):
 def data_report(data, codec=None):
     """Lines on each split's clips and texts, then warnings that say what to do."""
     lines = []
-    warnings = []
     seen = {}  # text -> the first split that has it
     for split, dataset in data.items():
-        lines += describe_poses(split, dataset, warnings)
-        texts = [entry["text"] for entry in dataset.entries]
+        lines += describe_poses(split, dataset)
+        texts = texts_of(dataset)
         if codec:  # None where there is no vocabulary to count by
-            lines.append(describe_texts(split, texts, codec, warnings))
+            lines += describe_texts(split, texts, codec)
         # leaks, by text
         shared = [text for text in set(texts) if seen.setdefault(text, split) != split]
         if shared:
-            warnings.append(
-                f"{len(shared)} of {split}'s {len(set(texts))} texts occur in an earlier split: "
-                "normal for single signs; in sentences the score rewards remembering"
+            lines.append(
+                f"warning: {len(shared)} of {split}'s {len(set(texts))} texts occur in an earlier "
+                "split: normal for single signs; in sentences the score rewards remembering"
             )
-    return lines + [f"warning: {text}" for text in warnings]
+    return sorted(lines, key=lambda line: line.startswith("warning: "))
 
 
 def spread(counts):
@@ -1253,8 +1210,8 @@ def spread(counts):
     return f"{median:.0f} ({low:.0f} to {high:.0f})"
 
 
-def describe_poses(split, dataset, warnings):
-    """-> two lines on a split's clips; what deserves a second look goes to warnings."""
+def describe_poses(split, dataset):
+    """Yield two lines on a split's clips, and warnings of what deserves a second look."""
     reports = [entry["report"] for entry in dataset.entries]
     limit = dataset.config.max_length
     # a row a figure of ClipReport, a column a clip
@@ -1263,24 +1220,32 @@ def describe_poses(split, dataset, warnings):
     body, left, right, no_hand = figures[1:5] @ frames / frames.sum()  # of all frames, in %
     not_finite, pixels = figures[5:].sum(1)
     over = 100 * (frames > limit).mean()
+    yield (
+        f"{split}: {len(reports)} clips, frames {spread(frames)}, {over:.1f} % over max_length "
+        f"{limit}; {pixels:.0f} in pixels"
+    )
+    yield (
+        f"  not seen: body {body:.1f} %, left hand {left:.1f} %, right hand {right:.1f} %; no hand "
+        f"in {no_hand:.1f} % of the frames; {not_finite:.0f} joints not finite"
+    )
     if over > 5:
         enough = math.ceil(np.percentile(frames, 97))
-        warnings.append(
-            f"{over:.0f} % of {split}'s clips exceed max_length {limit}: --max_length {enough} "
-            "covers 97 %"
+        yield (
+            f"warning: {over:.0f} % of {split}'s clips exceed max_length {limit}: --max_length "
+            f"{enough} covers 97 %"
         )
     if no_hand > 50 or max(left, right) > 99.99:
-        warnings.append(
-            f"{split}: no hand in {no_hand:.0f} % of the frames; left not seen in {left:.0f} %, "
-            f"right in {right:.0f} %: does the detector give hands?"
+        yield (
+            f"warning: {split}: no hand in {no_hand:.0f} % of the frames; left not seen in "
+            f"{left:.0f} %, right in {right:.0f} %: does the detector give hands?"
         )
     if 0 < pixels < len(reports):
-        warnings.append(
-            f"{split}: {pixels:.0f} of {len(reports)} clips are in pixels, the others in 0..1: "
-            "keep to one"
+        yield (
+            f"warning: {split}: {pixels:.0f} of {len(reports)} clips are in pixels, the others in "
+            "0..1: keep to one"
         )
     # in logarithms: three times as long as usual, and beyond the usual spread
-    away = np.abs(np.log(np.maximum(frames, 1)) - np.log(np.median(frames)))
+    away = np.abs(np.log(frames / np.median(frames)))
     far = away > max(math.log(3), 8 * np.median(away))
     odd = {}  # what looks wrong -> in which clips
     for entry, unlike in zip(dataset.entries, far):
@@ -1292,13 +1257,7 @@ def describe_poses(split, dataset, warnings):
         for text in looks:
             odd.setdefault(text, []).append(entry["name"])
     for text, clips in odd.items():
-        warnings.append(f"{split}: {len(clips)} clips, first {clips[0]}: {text}")
-    return [
-        f"{split}: {len(reports)} clips, frames {spread(frames)}, {over:.1f} % over max_length "
-        f"{limit}; {pixels:.0f} in pixels",
-        f"  not seen: body {body:.1f} %, left hand {left:.1f} %, right hand {right:.1f} %; no hand "
-        f"in {no_hand:.1f} % of the frames; {not_finite:.0f} joints not finite",
-    ]
+        yield f"warning: {split}: {len(clips)} clips, first {clips[0]}: {text}"
 
 
 def too_short_for_ctc(entry, config):
@@ -1309,24 +1268,25 @@ def too_short_for_ctc(entry, config):
     return config.ctc_weight and math.ceil(frames / config.temporal_stride) < need
 
 
-def describe_texts(split, texts, codec, warnings):
-    """-> a line on a split's texts; what deserves a second look goes to warnings."""
+def describe_texts(split, texts, codec):
+    """Yield a line on a split's texts, and warnings of what deserves a second look."""
     limit = codec.max_text_length
     ids = [codec.ids(text) for text in texts]
-    lengths = np.array([len(rows) for rows in ids])
-    cut = 100 * (lengths > limit).mean()
+    lengths = [len(rows) for rows in ids]
+    cut = 100 * np.mean([length > limit for length in lengths])
+    yield f"  pieces a text {spread(lengths)}, {cut:.1f} % over max_text_length {limit}"
     if cut:
-        warnings.append(
-            f"{cut:.1f} % of {split}'s texts are cut: --max_text_length {lengths.max()} covers all"
+        yield (
+            f"warning: {cut:.1f} % of {split}'s texts are cut: --max_text_length {max(lengths)} "
+            "covers all"
         )
     # they would train, or be scored, with an unknown piece
     unspellable = [text for text, rows in zip(texts, ids) if codec.unknown in rows]
     if unspellable:
-        first = shorten(unspellable[0])
-        warnings.append(
-            f"{split}: the vocabulary cannot spell {len(unspellable)} texts, first {first!r}"
+        yield (
+            f"warning: {split}: the vocabulary cannot spell {len(unspellable)} texts, first "
+            f"{shorten(unspellable[0])!r}"
         )
-    return f"  pieces a text {spread(lengths)}, {cut:.1f} % over max_text_length {limit}"
 
 
 # ------------------------------------------------------------------------------- using a run
@@ -1334,11 +1294,10 @@ def describe_texts(split, texts, codec, warnings):
 
 def evaluate_command(config, inference, args):
     """`evaluate RUN`: a split's scores, one a line, with intervals; predictions in a file."""
-    folder = find_best(args.run)
     place = find_place(config)
     if place.rank:  # one process scores and writes
         return 0
-    model = SignLanguageLite.from_pretrained(folder).to(place.device)
+    model = SignLanguageLite.from_pretrained(args.run).to(place.device)
     # position tables hold so many
     longest = model.config.max_length
     if config.max_length > longest:
@@ -1346,15 +1305,15 @@ def evaluate_command(config, inference, args):
     config.output_dir = ""  # evaluating leaves no cache behind
     path = Path(config.data_dir, f"labels.{args.split}")
     dataset = SignLanguageDataset(path, config, "evaluated")
-    dataset.encode = model.codec.encode  # labels, for the loss
-    print("\n".join(data_report({args.split: dataset}, model.codec)), file=sys.stderr)
+    complain("\n".join(data_report({args.split: dataset}, model.codec)))
     metrics, rows = evaluate(model, make_loader(dataset), inference, place)
     print_scores(metrics, rows, config.language)
     out = Path(args.run, f"predictions_{args.split}.txt")
+    figures = out.with_name(f"metrics_{args.split}.json")
     try:
         write_predictions(out, rows)
-        write_whole(out.with_name(f"metrics_{args.split}.json"), to_json(metrics))
-        print(f"predictions: {out}; all figures: metrics_{args.split}.json beside it")
+        write_whole(figures, to_json(metrics))
+        print(f"predictions: {out}; all figures: {figures.name} beside it")
     except RunError as error:  # somebody else's run
         print(f"not kept: {error}")
     return 0
@@ -1368,15 +1327,14 @@ def print_scores(metrics, rows, language):
     with_interval = intervals(predictions, references, language)  # of two metrics
     if not metrics["bleu4"]:  # no reference has four tokens: sacrebleu's smoothing tells nothing
         del with_interval["bleu4"]
-    names = ["exact_match", *(name for name in metrics if name != "exact_match")]
-    for key in names:
+    # exact match comes first in this, too
+    for key in with_interval | metrics:
         value = metrics[key]
         if isinstance(value, float):
-            value = f"{value:.4f}" if key == "dev_loss" else f"{value:.2f}"
+            digits = 4 if key == "dev_loss" else 2
+            value = f"{value:.{digits}f}"
         print(key, with_interval.get(key, value))
-    warning = collapse_warning(metrics, predictions)
-    if warning:
-        print(warning)
+    print(collapse_warning(metrics, predictions), end="")
 
 
 def translate_command(config, inference, args):
@@ -1388,7 +1346,7 @@ def translate_command(config, inference, args):
         try:
             pose = read_clip(path, model.config)
         except (DataError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
+            complain(f"error: {error}")
             exit_code = 1
             continue
         with on_device(pad_poses([pose]), place) as src_input, place.autocast():
@@ -1423,15 +1381,25 @@ def make_parser(command):
     if command in ("evaluate", "translate"):
         parser.add_argument("run", help="a run's folder, or its best/")
     if command == "evaluate":
-        words = "the label file's ending: train, dev (the default) or test"
-        parser.add_argument("--split", default="dev", help=words)
+        parser.add_argument("--split", default="dev", help="train, dev (the default) or test")
     if command == "translate":
         parser.add_argument("clips", nargs="+", help="pose files")
+    # a flag for each field, which turns its word into the field's type
     group = parser
     for item in [*fields(TrainConfig), *fields(InferenceConfig)]:
         if "group" in item.metadata:  # this field and those below it
             group = parser.add_argument_group(item.metadata["group"])
-        add_flag(group, item)
+        flags = [f"--{item.name}", f"--{item.name.replace('_', '-')}"]
+        flags += item.metadata.get("aliases", [])
+        how = {"type": item.type}
+        choices = get_args(item.type)  # of a Literal
+        if choices:
+            how = {"type": type(choices[0]), "choices": choices}
+        elif item.type is bool:  # no word is true
+            how = {"type": true_or_false, "nargs": "?", "const": True, "metavar": "true|false"}
+        words = item.metadata.get("help", "")  # none where a user wrote a plain default
+        words += f" (default: {item.default!r})"
+        group.add_argument(*dict.fromkeys(flags), dest=item.name, help=words, **how)
     # these two are the original's
     hidden = {"action": "store_false", "help": argparse.SUPPRESS}
     parser.add_argument("--no-resume", dest="auto_resume", **hidden)
@@ -1439,28 +1407,10 @@ def make_parser(command):
     return parser
 
 
-def add_flag(group, item):
-    """The flag of one field; a truth value may be given without a word for true."""
-    dashed = item.name.replace("_", "-")
-    flags = [f"--{item.name}", f"--{dashed}", *item.metadata.get("aliases", [])]
-    # argparse turns the word into the field's type
-    how = {"type": item.type}
-    choices = get_args(item.type)  # of a Literal
-    if choices:
-        how = {"type": type(choices[0]), "choices": choices}
-    elif item.type is bool:
-        how = {"type": true_or_false, "nargs": "?", "const": True, "metavar": "true|false"}
-    words = item.metadata.get("help", "")  # none where a user wrote a plain default
-    words = f"{words} (default: {item.default!r})".replace("%", "%%")
-    group.add_argument(*dict.fromkeys(flags), dest=item.name, help=words, **how)
-
-
 def true_or_false(word):
-    if word.lower() in ("true", "yes", "1"):
-        return True
-    if word.lower() in ("false", "no", "0"):
-        return False
-    raise argparse.ArgumentTypeError(f"{word!r} is neither true nor false")
+    """Raises ValueError, for argparse, where the word is neither."""
+    words = ["false", "no", "0", "true", "yes", "1"]
+    return words.index(word.lower()) >= 3
 
 
 def parse(argv):
@@ -1479,7 +1429,7 @@ def parse(argv):
     if command in ("evaluate", "translate"):
         path = find_best(args.run) / "config.json"
         with naming(path, "not a run's configuration"):
-            values = read_json(path)
+            values = dict(json.loads(path.read_text(encoding="utf-8")))
             values |= values.get("inference", {})
             # what another machine had says nothing of this one
             values.pop("num_workers", None)
@@ -1506,43 +1456,36 @@ def choose_kind(given):
     return TrainConfig if given.get("mt5_path", plain.mt5_path) else ScratchConfig
 
 
-def main(argv=None):
+def main(argv):
     """Run a command; returns the exit code. What the user can mend is one message, no traceback."""
     try:
-        try:
-            command, config, inference, args = parse(sys.argv[1:] if argv is None else argv)
-            if command == "train" and set_instead(config) and os.environ.get("RANK", "0") == "0":
-                print(set_instead(config), file=sys.stderr)
-            return COMMANDS[command](config, inference, args)
-        finally:
-            sys.stdout.flush()  # here, where a reader that has gone is noticed, and not at exit
+        command, config, inference, args = parse(argv)
+        if command == "train" and set_instead(config) and os.environ.get("RANK", "0") == "0":
+            complain(set_instead(config))
+        return COMMANDS[command](config, inference, args)
     except BrokenPipeError:  # `| head`: end quietly, as SIGPIPE would
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 128 + 13
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     except ModuleNotFoundError as error:  # use_tensorboard
-        print(f"error: {error}, an optional package: pip install {error.name}", file=sys.stderr)
-        return 1
+        message = f"{error}, an optional package: pip install {error.name}"
     except AttributeError as error:
         if not isinstance(error.obj, (TrainConfig, InferenceConfig)):
             raise
         # a field of config_lite.py was renamed, which nobody finds before it is read
-        name = type(error.obj).__name__
-        print(f"error: config_lite.py: {name} has no field {error.name!r}", file=sys.stderr)
-        return 1
+        message = f"config_lite.py: {type(error.obj).__name__} has no field {error.name!r}"
     except (ConfigError, DataError, RunError, OSError) as error:
         # a loading process's error comes with its traceback, which is of no use to the user
-        text = re.sub(r"(?s)^Caught .*\n\S*(DataError|Refused): ", "", str(error))
-        print("error:", text.strip(), file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+        message = re.sub(r"(?s)^Caught .*\n\S*(DataError|Refused): ", "", str(error)).strip()
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    complain(f"error: {message}")
+    return 1
 
 
 if __name__ == "__main__":
     # a log is read as it grows
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     # not sys.exit: after an error Python would wait a minute for the loading processes
-    os._exit(main())
+    os._exit(main(sys.argv[1:]))

@@ -345,8 +345,8 @@ class Beside(Place):
 
     other: tuple = ()
 
-    def gather(self, rows=()):
-        return [*rows, self.other]
+    def gather(self, value=None):
+        return [value, self.other]
 
 
 def ready_to_step(clips, window, gradient=1.0, **options):
@@ -363,7 +363,7 @@ def test_two_processes_divide_by_the_tokens_of_both_and_stop_together(clips):
     other = {"tokens": 5, "loss": 2.0, "clips": 4}
     run.place = Beside(world=2, other=(Counter(other), signal.SIGTERM))
     found = gradients_at_the_step(run)
-    run.clips = [(True, ["a"]), (False, ["b"])]
+    run.clips = {"a": 1.0, "b": math.nan}
     train_lite.optimiser_step(run)
     assert not run.clips and not run.window
     # DistributedDataParallel has halved the sum
