@@ -171,7 +171,7 @@ class Run:
     window: Counter = field(default_factory=Counter)  # sums over its micro-batches
     clips: dict = field(default_factory=dict)  # name -> its micro-batch's loss
     last_loss: float = math.nan  # of the last step, per token
-    saved_at: float = time.monotonic()  # seconds
+    saved_at: float = time.monotonic()  # seconds; until it saves, when this module was read
     signals: Any = None  # Signals, while the loop runs
     stop_signal: int = 0  # a signal's number, known to all processes; 0 = none
 
@@ -326,6 +326,7 @@ def compute_metrics(predictions, references, language="zh"):
     predictions = comparable(predictions, language)
     references = comparable(references, language)
     pairs = list(zip(predictions, references))
+    # what ROUGE-L compares: characters, or words
     split = list if language in NO_SPACES else str.split
     metrics = {}
     # one figure an order; the last signature tells how they were made
@@ -353,7 +354,8 @@ def train(config, inference, args=None):
     run = Run(config, inference, place, labels=labels_digest(config))
     # each process finds the same: nothing changes before all have read the data
     run.folder, last = choose_folder(config, run.description())
-    if last is None:  # what is missing is said before the poses are read
+    if last is None:
+        # what is missing is said before the poses are read; a resumed run needs neither
         if config.mt5_path:
             mt5_folder(config.mt5_path)
         if config.init_from:
@@ -529,6 +531,7 @@ def lock_folder(folder):
     """Hold the folder, until this process ends at the latest. RunError where another does."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a") as file:  # not emptied: it may be a link
+        # held as long as the file is open
         try:
             if fcntl:
                 # flock would live on in loading processes
@@ -784,8 +787,9 @@ def optimiser_step(run):
         if parameter.grad is not None:
             parameter.grad.mul_(run.place.world / tokens)
     # norm before clipping; with max_grad_norm 0 it is only measured
-    limit = run.config.max_grad_norm or math.inf
-    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), limit)
+    norm = torch.nn.utils.clip_grad_norm_(
+        run.model.parameters(), run.config.max_grad_norm or math.inf
+    )
     if math.isfinite(norm) and math.isfinite(window["loss"]):
         run.meter.update(window)
         run.bad_in_a_row = 0
@@ -1019,8 +1023,9 @@ def rouge_l(hypothesis, reference, beta=1.2):
 
 def exchange(texts):
     """-> order: clip i is given clip order[i], of another text than its own wherever possible."""
-    ranked = np.argsort(texts, kind="stable")  # equal texts stand together
-    # no clip may get its own text back, nor one that begins alike
+    # by checksum: equal texts stand together, like ones, which a plain sort would pair, do not
+    ranked = np.argsort([zlib.crc32(text.encode()) for text in texts], kind="stable")
+    # no clip may get its own text back
     most = max(Counter(texts).values())
     shift = max(most, len(texts) // 2)  # farther than the clips of any one text reach
     order = np.empty_like(ranked)
@@ -1047,6 +1052,7 @@ def scores_and_baselines(predictions, references, language):
 
 def collapse_warning(metrics, predictions):
     """A line where the outputs do not depend on the poses, else "". chrF tells."""
+    # what it says most often
     top, count = Counter(predictions).most_common(1)[0]
     # chrF knows single words, too, where BLEU-4 has nothing to count
     gap = metrics["chrf"] - metrics["shuffled_chrf"]
@@ -1064,6 +1070,7 @@ def collapse_warning(metrics, predictions):
 
 def intervals(predictions, references, language, samples=1000):
     """{metric: its score and 95 % interval over resampled clips, as text}; texts: normalised."""
+    # a clip is right or wrong, in %
     right = 100.0 * np.equal(predictions, references)
     resampled = np.random.default_rng(0).choice(right, (samples, len(right))).mean(1)
     low, high = np.percentile(resampled, [2.5, 97.5])
@@ -1189,6 +1196,7 @@ def data_report(data, codec=None):
     """Lines on each split's clips and texts, then warnings that say what to do."""
     lines = []
     seen = {}  # text -> the first split that has it
+    # warnings stand where they are found, until they are sorted to the end
     for split, dataset in data.items():
         lines += describe_poses(split, dataset)
         texts = texts_of(dataset)
@@ -1218,6 +1226,7 @@ def describe_poses(split, dataset):
     figures = np.array([report[:7] for report in reports]).T
     frames = figures[0]
     body, left, right, no_hand = figures[1:5] @ frames / frames.sum()  # of all frames, in %
+    # joints of all clips, and clips
     not_finite, pixels = figures[5:].sum(1)
     over = 100 * (frames > limit).mean()
     yield (
@@ -1228,6 +1237,7 @@ def describe_poses(split, dataset):
         f"  not seen: body {body:.1f} %, left hand {left:.1f} %, right hand {right:.1f} %; no hand "
         f"in {no_hand:.1f} % of the frames; {not_finite:.0f} joints not finite"
     )
+    # a few long ones are no harm
     if over > 5:
         enough = math.ceil(np.percentile(frames, 97))
         yield (
@@ -1395,7 +1405,7 @@ def make_parser(command):
         choices = get_args(item.type)  # of a Literal
         if choices:
             how = {"type": type(choices[0]), "choices": choices}
-        elif item.type is bool:  # no word is true
+        elif item.type is bool:  # the flag alone says true
             how = {"type": true_or_false, "nargs": "?", "const": True, "metavar": "true|false"}
         words = item.metadata.get("help", "")  # none where a user wrote a plain default
         words += f" (default: {item.default!r})"
@@ -1420,13 +1430,14 @@ def parse(argv):
     command, *rest = argv
     if command not in COMMANDS:
         # a misspelt command must not start a training
-        names = ", ".join(COMMANDS)
-        make_parser("COMMAND").error(f"no such command: {command!r}; there are {names}")
+        make_parser("COMMAND").error(
+            f"no such command: {command!r}; there are {', '.join(COMMANDS)}"
+        )
     args = make_parser(command).parse_args(rest)
     given = vars(args)
     kind = TrainConfig
     values = {}
-    if command in ("evaluate", "translate"):
+    if "run" in given:  # as it was trained
         path = find_best(args.run) / "config.json"
         with naming(path, "not a run's configuration"):
             values = dict(json.loads(path.read_text(encoding="utf-8")))
