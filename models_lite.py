@@ -323,7 +323,7 @@ class SignLanguageLite(nn.Module):
     def _ctc_loss(self, scores, mask, glosses):
         """scores (B, T', classes) -> negative log-likelihood, summed over clips with glosses.
 
-        A clip with fewer positions than its glosses need adds nothing; `check` names such clips.
+        A clip with fewer positions than its glosses need adds nothing: it learns from its text.
         """
         classes = {word: i for i, word in enumerate(self.glosses, 2)}
         targets = []  # one clip's behind another's

@@ -173,7 +173,6 @@ class Run:
     last_loss: float = math.nan  # of the last step, per token
     saved_at: float = time.monotonic()  # seconds; until it saves, when this module was read
     signals: Any = None  # Signals, while the loop runs
-    stop_signal: int = 0  # a signal's number, known to all processes; 0 = none
 
     def description(self):
         """The configuration, and what else decides whether a run may be gone on with."""
@@ -559,12 +558,6 @@ def load_data(config, place):
         data[split] = SignLanguageDataset(Path(config.data_dir, f"labels.{split}"), config, split)
     if not place.rank:
         place.gather()
-    batches = math.ceil(len(data["train"]) / config.batch_size)  # of all processes together
-    if place.world > batches:
-        raise ConfigError(
-            f"{place.world} processes for {batches} batches of {config.batch_size} clips: start "
-            "fewer, or lower batch_size"
-        )
     return data
 
 
@@ -772,14 +765,16 @@ def micro_batch(run, number, counts, src_input, tgt_input, last):
 def optimiser_step(run):
     """Divide the window's gradient by its tokens, over all processes, clip it and step.
 
-    A step that is not finite is skipped; RunError after ten of them in a row.
+    A step that is not finite is skipped; RunError after ten of them in a row. Raises Stopped, when
+    all is done, where a process was asked to stop.
     """
     # sums of all processes, and whether one of them was asked to stop
     own_signal = run.signals.number if run.signals else 0
+    stop_signal = 0
     window = Counter()
     for part, signal_number in run.place.gather((run.window, own_signal)):
         window.update(part)
-        run.stop_signal = max(run.stop_signal, signal_number)
+        stop_signal = max(stop_signal, signal_number)
     tokens = max(window["tokens"], 1)
 
     for parameter in run.model.parameters():
@@ -820,6 +815,9 @@ def optimiser_step(run):
             "10 steps in a row were not finite: lower learning_rate, keep max_grad_norm above 0, "
             "look at the clips named above with `python train_lite.py check`"
         )
+    # between two steps there is no gradient to keep
+    if stop_signal:
+        raise Stopped(stop_signal)
 
 
 @contextmanager
@@ -842,7 +840,7 @@ def on_device(src_input, place):
 
 
 def after_step(run):
-    """A log line and a last.pt, where they are due. Raises Stopped after a signal."""
+    """A log line and a last.pt, where they are due."""
     if run.step % run.config.log_interval == 0:
         sums = run.meter  # over all since the last validation; the loss is the last step's
         tokens = max(sums["tokens"], 1)
@@ -856,9 +854,6 @@ def after_step(run):
             "waiting_for_data": 100 * sums["waited"] / seconds,
         }
         report(run, "train", row)
-    # between two steps there is no gradient to keep
-    if run.stop_signal:
-        raise Stopped(run.stop_signal)
     # an epoch may take hours
     if time.monotonic() - run.saved_at > SAVE_EVERY:
         save_last(run)
@@ -1260,22 +1255,12 @@ def describe_poses(split, dataset):
     odd = {}  # what looks wrong -> in which clips
     for entry, unlike in zip(dataset.entries, far):
         looks = list(entry["report"].odd)
-        if split == "train" and too_short_for_ctc(entry, dataset.config):
-            looks.append("fewer positions than CTC needs for the glosses: it learns from the text")
         if unlike:
             looks.append("a length unlike the others': is the frame rate the same, is it cut?")
         for text in looks:
             odd.setdefault(text, []).append(entry["name"])
     for text, clips in odd.items():
         yield f"warning: {split}: {len(clips)} clips, first {clips[0]}: {text}"
-
-
-def too_short_for_ctc(entry, config):
-    """CTC needs a position for each gloss, and one more between equal neighbours."""
-    gloss = entry["gloss"]
-    need = len(gloss) + sum(a == b for a, b in zip(gloss, gloss[1:]))
-    frames = min(entry["report"].frames, config.max_length)
-    return config.ctc_weight and math.ceil(frames / config.temporal_stride) < need
 
 
 def describe_texts(split, texts, codec):
@@ -1308,10 +1293,6 @@ def evaluate_command(config, inference, args):
     if place.rank:  # one process scores and writes
         return 0
     model = SignLanguageLite.from_pretrained(args.run).to(place.device)
-    # position tables hold so many
-    longest = model.config.max_length
-    if config.max_length > longest:
-        raise ConfigError(f"max_length is {config.max_length}, the model takes {longest}")
     config.output_dir = ""  # evaluating leaves no cache behind
     path = Path(config.data_dir, f"labels.{args.split}")
     dataset = SignLanguageDataset(path, config, "evaluated")
@@ -1399,8 +1380,7 @@ def make_parser(command):
     for item in [*fields(TrainConfig), *fields(InferenceConfig)]:
         if "group" in item.metadata:  # this field and those below it
             group = parser.add_argument_group(item.metadata["group"])
-        flags = [f"--{item.name}", f"--{item.name.replace('_', '-')}"]
-        flags += item.metadata.get("aliases", [])
+        flags = [f"--{item.name}", *item.metadata.get("aliases", [])]
         how = {"type": item.type}
         choices = get_args(item.type)  # of a Literal
         if choices:
@@ -1409,7 +1389,7 @@ def make_parser(command):
             how = {"type": true_or_false, "nargs": "?", "const": True, "metavar": "true|false"}
         words = item.metadata.get("help", "")  # none where a user wrote a plain default
         words += f" (default: {item.default!r})"
-        group.add_argument(*dict.fromkeys(flags), dest=item.name, help=words, **how)
+        group.add_argument(*flags, dest=item.name, help=words, **how)
     # these two are the original's
     hidden = {"action": "store_false", "help": argparse.SUPPRESS}
     parser.add_argument("--no-resume", dest="auto_resume", **hidden)

@@ -258,8 +258,11 @@ def test_evaluate_takes_no_longer_clips_than_the_model_and_leaves_nothing_but_it
     model = scratch_model(clips, max_length=64, output_dir=str(tmp_path / "elsewhere"))
     model.save_pretrained(run / "best", inference=DECODING)
     flags = ["evaluate", run, "--data_dir", demo]
-    assert command(*flags, "--max_length", 65) == 1
-    assert "max_length is 65, the model takes 64" in capsys.readouterr().err
+    longer = random_clip(70)
+    write_corpus(tmp_path / "longer", {"test_a": longer}, "test")
+    own = ["evaluate", run, "--data_dir", tmp_path / "longer", "--split", "test"]
+    assert command(*own, "--max_length", 65) == 1
+    assert "has 65 frames, more than the model's max_length 64" in capsys.readouterr().err
     options = noting_generate(monkeypatch)
     assert command(*flags, "--split", "test") == 0
     assert options == [DECODING]
@@ -364,11 +367,12 @@ def test_two_processes_divide_by_the_tokens_of_both_and_stop_together(clips):
     run.place = Beside(world=2, other=(Counter(other), signal.SIGTERM))
     found = gradients_at_the_step(run)
     run.clips = {"a": 1.0, "b": math.nan}
-    train_lite.optimiser_step(run)
-    assert not run.clips and not run.window
+    with pytest.raises(train_lite.Stopped) as stopped:
+        train_lite.optimiser_step(run)
+    assert stopped.value.args == (signal.SIGTERM,)
+    assert run.step == 1 and not run.clips and not run.window
     # DistributedDataParallel has halved the sum
     assert {float(value) for grad in found.values() for value in grad.unique()} == {2 / 8}
-    assert run.stop_signal == signal.SIGTERM
     assert run.meter == {"tokens": 8, "loss": 3.0, "clips": 4}
     assert run.last_loss == 3 / 8
 
@@ -634,9 +638,6 @@ def test_a_log_line_and_a_checkpoint_come_when_they_are_due(clips, monkeypatch, 
     monkeypatch.setattr(train_lite, "SAVE_EVERY", -1)
     train_lite.after_step(run)
     assert saved == [5]
-    run.stop_signal = signal.SIGTERM
-    with pytest.raises(train_lite.Stopped):
-        train_lite.after_step(run)
 
 
 # ------------------------------------------------------------ the run's folder

@@ -27,7 +27,6 @@ from conftest import (
     scratch_model,
     shared,
     without_dropout,
-    write_corpus,
     write_labels,
     write_pose,
 )
@@ -871,24 +870,6 @@ def test_bad_clips_stop_a_run_before_its_first_step_or_are_left_out(demo, tmp_pa
     assert "train_00003" in (tmp_path / "run" / "bad_clips.txt").read_text()
 
 
-def test_clips_too_short_for_their_glosses_are_counted_before_the_first_step(tmp_path, capsys):
-    for split in ("train", "dev"):
-        short_and_long = {f"{split}_a": random_clip(4), f"{split}_b": random_clip(30)}
-        write_corpus(tmp_path / "corpus", short_and_long, split)
-    assert tiny_run(tmp_path / "corpus", tmp_path / "run", 2) == 0
-    assert (
-        "train: 1 clips, first train_a: fewer positions than CTC needs" in capsys.readouterr().out
-    )
-
-
-def test_more_processes_than_batches_are_refused(demo):
-    config = scratch_config(data_dir=str(demo), batch_size=40, output_dir="")
-    place = Place(0, 3)
-    place.gather = lambda: None  # the others are there
-    with pytest.raises(train_lite.ConfigError, match="3 processes for 1 batches"):
-        train_lite.load_data(config, place)
-
-
 def test_running_out_of_memory_says_what_to_lower():
     src = {"attention_mask": torch.ones(4, 100)}
     with (
@@ -1160,7 +1141,6 @@ def test_a_field_written_as_a_plain_default_is_still_an_option(demo, monkeypatch
     """The natural edit: `epochs: int = 20`, as ScratchConfig's fields read."""
     monkeypatch.setattr(train_lite.TrainConfig.__dataclass_fields__["batch_size"], "metadata", {})
     assert parsed_config("--data_dir", demo, "--batch_size", 4).batch_size == 4
-    assert parsed_config("--data_dir", demo, "--batch-size", 4).batch_size == 4
 
 
 @pytest.mark.parametrize("word, value", [("yes", True), ("0", False), ("True", True)])

@@ -328,7 +328,8 @@ TABLE = {
         BITES + "tokens_of_both": [
             ("run.place.world / tokens)", "1 / tokens)"),
             ("gather((run.window, own_signal)):", "gather((run.window, own_signal))[:1]:"),
-            ("max(run.stop_signal, signal_number)", "own_signal"),
+            ("max(stop_signal, signal_number)", "own_signal"),
+            ("    if stop_signal:\n        raise Stopped", "    if False:\n        raise Stopped"),
             ("    run.clips = {}\n", ""),
             ("    run.window = Counter()\n", ""),
         ],
@@ -397,10 +398,6 @@ TABLE = {
             ('"loss": run.last_loss', '"loss": sums["loss"] / tokens'),
             ('sums["nll"] / tokens,', 'sums["nll"],'),
             ("run.saved_at > SAVE_EVERY", "run.saved_at > 10 * 365 * 86400"),
-            (
-                "    if run.stop_signal:\n        raise Stopped",
-                "    if False:\n        raise Stopped",
-            ),
         ],
         BITES + "on_disk_before or flushing": [
             ("for written in [*aside.rglob", "for written in [*path.rglob"),
