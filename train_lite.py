@@ -1049,8 +1049,9 @@ def collapse_warning(metrics, predictions):
     """A line where the outputs do not depend on the poses, else "". chrF tells."""
     # what it says most often
     top, count = Counter(predictions).most_common(1)[0]
-    # chrF knows single words, too, where BLEU-4 has nothing to count
-    gap = metrics["chrf"] - metrics["shuffled_chrf"]
+    # chrF knows single words, too, where BLEU-4 has nothing to count; up to a fifth of it comes of
+    # the clips' lengths alone: long ones have long texts
+    gap = metrics["chrf"] - 1.2 * metrics["shuffled_chrf"]
     variety = metrics["unique_ratio"] / metrics["reference_unique_ratio"]
     reads_poses = gap >= 1 and variety >= 0.2
     # half of the clips right is no collapse, however few sentences there are

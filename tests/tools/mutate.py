@@ -495,6 +495,7 @@ TABLE = {
         ],
         BITES + "collapse": [
             ("gap >= 1 and variety", "gap >= 2 and variety"),
+            ("1.2 * metrics[", "1.0 * metrics["),
             ("gap >= 1 and variety >= 0.2", "gap >= 1"),
             ('metrics["exact_match"] >= 50', 'metrics["exact_match"] > 50'),
             ("len(predictions) < 2 or", "len(predictions) < 1 or"),
