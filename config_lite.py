@@ -61,7 +61,7 @@ class TrainConfig:
         "off", "Muon in place of AdamW for the matrices of encoder, or of encoder and decoder"
     )
     max_grad_norm: float = option(1.0, "clip the gradient at this norm; 0 = off")
-    seed: int = option(42, "of weights, order, augmentation and dropout")
+    seed: int = option(42, "of weights, order, augmentation and dropout", most=2**63 - 1)
 
     # --- learning rate schedule ---
     # rises from the first optimiser step, not once an epoch
