@@ -160,7 +160,7 @@ TABLE = {
             ("seen = seen_joints(keypoints, scores)  # (T, 133)", "seen = scores > THRESHOLD"),
             ("[LEFT[0], RIGHT[0]]].any(1)", "[LEFT[0], RIGHT[0]]].all(1)"),
             ("(~finite[:, USED])", "(~finite)"),
-            (".all(-1) & np.isfinite(scores)", ".all(-1)"),
+            ("np.isfinite(x + y + scores)", "np.isfinite(x + y)"),
             ("np.median(keypoints[seen]) > 2", "np.median(keypoints[seen]) > 2000"),
         ],
         BITES + "size_limit": [
@@ -173,7 +173,7 @@ TABLE = {
             ("turn = number % children", "turn = 0"),
         ],
         DATASETS + "start_and_end": [
-            ("clip[int(start) : int(end)]", "clip[int(start) :]"),
+            ("keypoints[int(start) : int(end), :, :2]", "keypoints[int(start) :, :, :2]"),
             ('data.get("start") or 0', "0"),
         ],
         DATASETS + "pixels": [
