@@ -253,47 +253,40 @@ def set_instead(config):
     for plain, own in zip(fields(TrainConfig), fields(config)):
         # an edit does not reach it, and the command line does not set it
         if plain.default != own.default == getattr(config, own.name):
-            change = f"{own.name} {own.default!r} (TrainConfig: {plain.default!r})"
-            if own.name == "max_steps":
-                change += f" instead of epochs {config.epochs}"
-            changes.append(change)
+            changes.append(f"{own.name} {own.default!r} (TrainConfig: {plain.default!r})")
     return f"{type(config).__name__} sets: {', '.join(changes)}" if changes else ""
 
 
 def _check_fields(config, owner):
     """Type, choices and range of each field; owner is the class whose options say what they are."""
-    options = {item.name: item for item in fields(owner)}
-    for item in fields(config):
-        # a subclass may set fields, not make new ones
-        if item.name not in options:
-            raise ConfigError(
-                f"{type(config).__name__}.{item.name}: {owner.__name__} has no field of that name; "
-                f"one of the two is misspelt"
-            )
+    options = fields(owner)
+    # a subclass may set fields, not make new ones: those stand behind the owner's
+    for item in fields(config)[len(options) :]:
+        raise ConfigError(
+            f"{type(config).__name__}.{item.name}: {owner.__name__} has no field of that name"
+            "; one of the two is misspelt"
+        )
+    for item in options:
         value = getattr(config, item.name)
-        wanted = _misfit(value, options[item.name])
+        kind = type(value)  # not isinstance: True is an int to Python
+        choices = [repr(choice) for choice in get_args(item.type)]  # of a Literal
+        least = item.metadata.get("least", 0)
+        most = item.metadata.get("most", 1_000_000_000)
+        wanted = ""
+        if choices:
+            if repr(value) not in choices:
+                wanted = f"one of {', '.join(choices)}"
+        elif kind is not item.type and (kind, item.type) != (int, float):
+            wanted = f"of type {item.type.__name__}"
+        elif kind is not str and not least <= value <= most:
+            wanted = f"a number from {least} to {most}"
         if wanted:
             _refuse(config, item.name, wanted)
-        if item.type is str:  # a path may begin with ~
+        if kind is str:  # a path may begin with ~
             setattr(config, item.name, os.path.expanduser(value))
 
 
-def _misfit(value, item):
-    """What the option asks for where the value does not fit, else ""."""
-    choices = [repr(choice) for choice in get_args(item.type)]  # of a Literal
-    least = item.metadata.get("least", 0)
-    most = item.metadata.get("most", 1_000_000_000)
-    kind = type(value)  # not isinstance: True is an int to Python
-    if choices:
-        if repr(value) not in choices:
-            return f"one of {', '.join(choices)}"
-    elif kind is not item.type and (kind, item.type) != (int, float):
-        return f"of type {item.type.__name__}"
-    elif kind is not str and not least <= value <= most:
-        return f"a number from {least} to {most}"
-    return ""
-
-
 def _refuse(config, name, wanted):
-    value = getattr(config, name)
-    raise ConfigError(f"{type(config).__name__}.{name} is {value!r}: it must be {wanted}")
+    raise ConfigError(
+        f"{type(config).__name__}.{name} is {getattr(config, name)!r}: it must be {wanted}"
+    )

@@ -295,8 +295,6 @@ class SignLanguageLite(nn.Module):
         # a word repeated without end would spoil a whole split's BLEU
         longest = self.longest_text * 5 // 4 + 1
         options["max_new_tokens"] = min(options["max_new_tokens"], longest)
-        if options["num_beams"] == 1:
-            del options["length_penalty"]  # transformers warns of one without beams
         embeddings, mask = self.encode_pose(src_input)  # (B, T', d_model), (B, T')
         rows = self.mt5_model.generate(
             inputs_embeds=embeddings,

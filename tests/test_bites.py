@@ -220,9 +220,21 @@ def test_every_decoding_option_reaches_mt5(clips):
     model.generate(src_input, **DECODING)
     assert {name: given[name] for name in DECODING} == DECODING
     assert given["do_sample"] is False
-    model.generate(src_input, max_new_tokens=99, length_penalty=0.3)
-    assert "length_penalty" not in given, "of beams only"
+    model.generate(src_input, max_new_tokens=99)
     assert (given["num_beams"], given["max_new_tokens"]) == (1, 51)
+
+
+def test_transformers_warns_of_no_default(clips, monkeypatch):
+    """Of a length_penalty without beams it does where the user gives one."""
+    warnings = []
+    logger = transformers.generation.configuration_utils.logger
+    monkeypatch.setattr(logger, "warning_once", lambda text, *_: warnings.append(text))
+    model = scratch_model(clips)
+    src_input, _ = batch_of(clips, [0])
+    model.generate(src_input, max_new_tokens=2)
+    assert not warnings
+    model.generate(src_input, max_new_tokens=2, length_penalty=0.3)
+    assert len(warnings) == 1 and "length_penalty" in warnings[0], warnings
 
 
 def noting_generate(monkeypatch):

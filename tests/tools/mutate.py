@@ -258,7 +258,7 @@ TABLE = {
         BITES + "decoding_option": [
             ('min(options["max_new_tokens"], longest)', "min(64, longest)"),
             ("asdict(InferenceConfig(**decoding))", "asdict(InferenceConfig())"),
-            ('if options["num_beams"] == 1:', "if True:"),
+            ("**options,", '**options | {"length_penalty": 1.0},'),
             ("do_sample=False", "do_sample=True"),
         ],
         MODELS + "grows_far": [("self.longest_text * 5 // 4 + 1", "self.longest_text * 2")],
