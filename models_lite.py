@@ -16,7 +16,6 @@ import json
 import math
 import re
 import tempfile
-import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +24,7 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 from transformers import Cache, MT5Config, MT5ForConditionalGeneration, T5Tokenizer
 
@@ -44,7 +43,7 @@ from datasets_lite import (
 IGNORE = -100  # label of padding
 BLANK = 0  # CTC classes: these two, as torch has it, then the glosses
 UNKNOWN_GLOSS = 1
-TABLES = ("mt5_model.shared.weight", "mt5_model.lm_head.weight")  # a row a piece
+TABLES = ("shared.weight", "lm_head.weight")  # of mT5: a row a piece
 # what is taken over of a saved mT5's configuration; other keys name code that a hub would give
 MT5_SIZES = """vocab_size d_model d_kv d_ff num_heads num_layers num_decoder_layers dropout_rate
 layer_norm_epsilon feed_forward_proj relative_attention_num_buckets"""
@@ -62,9 +61,9 @@ def part_features(part):
     xy = part[..., :2]  # (B, T, V, 2)
     confidence = part[..., 2:]  # (B, T, V, 1)
     seen = confidence > 0
-    seen_twice = seen[:, 1:] & seen[:, :-1]  # (B, T - 1, V, 1)
-    velocity = torch.zeros_like(xy)  # (B, T, V, 2); the first frame has none
-    velocity[:, 1:] = (xy[:, 1:] - xy[:, :-1]) * seen_twice
+    # the first frame has no velocity, so it does not matter that roll puts the last one before it
+    velocity = xy.diff(dim=1, prepend=xy[:, :1])  # (B, T, V, 2)
+    velocity = velocity * (seen & seen.roll(1, dims=1))
     return torch.cat([xy, confidence, velocity], dim=-1).flatten(2)  # (B, T, 5 V)
 
 
@@ -75,10 +74,11 @@ def hand_features(hand, wrist, mirror):
     root mean square distance from the wrist over the clip. The left hand is mirrored: the layer
     that both share sees like shapes.
     """
-    joints = (hand[..., 2:] > 0).sum((1, 2, 3), keepdim=True)  # (B, 1, 1, 1); the others are zero
-    squares = hand[..., :2].square().sum((1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
+    xy, confidence = hand.split([2, 1], dim=-1)  # (B, T, 21, 2), (B, T, 21, 1)
+    joints = (confidence > 0).sum((1, 2, 3), keepdim=True)  # (B, 1, 1, 1); the others are zero
+    squares = xy.square().sum((1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
     rms = (squares / joints.clamp(min=1)).sqrt().clamp(min=1e-3)  # (B, 1, 1, 1)
-    hand = torch.cat([hand[..., :2] / rms, hand[..., 2:]], dim=-1)  # (B, T, 21, 3)
+    hand = torch.cat([xy / rms, confidence], dim=-1)  # (B, T, 21, 3)
     if mirror:
         flip = hand.new_tensor([-1.0, 1.0, 1.0])  # x alone
         hand = hand * flip
@@ -97,21 +97,23 @@ class TemporalBlock(nn.Module):
         self.dropout = nn.Dropout(0.1)
 
     def forward(self, x, mask):
-        """x (B, T, width), mask (B, T, 1) float -> (B, T, width)."""
+        """x (B, T, width), mask (B, T, 1) -> (B, T, width)."""
         h = self.norm(x) * mask
-        h = self.conv(h.transpose(1, 2)).transpose(1, 2)  # over (B, width, T) -> (B, T, width)
+        h = self.conv(h.mT).mT  # over (B, width, T) -> (B, T, width)
         return x + self.dropout(self.linear(F.gelu(h)))
 
 
 class SinusoidalPositionalEncoding(nn.Module):
-    """Adds Vaswani et al.'s sinusoids, or learnt vectors, to x (B, T', d_model)."""
+    """Adds Vaswani et al.'s sinusoids, learnt vectors, or nothing, to x (B, T', d_model)."""
 
-    def __init__(self, d_model, max_length, learned=False):
+    def __init__(self, d_model, max_length, kind="sinusoidal"):
         super().__init__()
         position = torch.arange(max_length)[:, None]  # (max_length, 1)
         angle = position * 10000 ** (-torch.arange(0, d_model, 2) / d_model)
         table = torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)  # (max_length, d_model)
-        if learned:
+        if kind == "none":
+            table.zero_()
+        if kind == "learned":
             self.table = nn.Parameter(0.02 * torch.randn_like(table))
         else:
             self.register_buffer("table", table, persistent=False)
@@ -163,15 +165,12 @@ class SignLanguageLite(nn.Module):
         self.temporal = nn.ModuleList([TemporalBlock(d_model), TemporalBlock(d_model)])
         self.proj = nn.Linear(config.temporal_stride * d_model, d_model)
         self.layer_norm = nn.LayerNorm(d_model)
-        self.position = nn.Identity()
-        if config.position_encoding != "none":
-            positions = math.ceil(config.max_length / config.temporal_stride)
-            learned = config.position_encoding == "learned"
-            self.position = SinusoidalPositionalEncoding(d_model, positions, learned)
+        positions = math.ceil(config.max_length / config.temporal_stride)
+        kind = config.position_encoding
+        self.position = SinusoidalPositionalEncoding(d_model, positions, kind)
         if not config.mt5_path:  # a pretrained decoder is given what it knows
             self.piece_position = SinusoidalPositionalEncoding(d_model, 2 * config.max_text_length)
-            decoder = self.mt5_model.decoder
-            decoder.register_forward_pre_hook(self._number_pieces, with_kwargs=True)
+            self.mt5_model.decoder.register_forward_pre_hook(self._number_pieces, with_kwargs=True)
         self.gloss_head = None
         if self.glosses:
             self.gloss_head = nn.Linear(d_model, 2 + len(self.glosses))
@@ -238,13 +237,13 @@ class SignLanguageLite(nn.Module):
         # parts -> one vector a frame, which sees its neighbours in time
         parts = torch.cat([body, *hands.chunk(2)], dim=-1)  # (B, T, 3 d_model)
         x = self.fusion(F.gelu(parts))  # (B, T, d_model)
-        real = mask[..., None].to(parts.dtype)  # (B, T, 1)
+        real = mask[..., None]  # (B, T, 1)
         for block in self.temporal:
             x = block(x, real)
 
         # frames -> input positions of mT5
         x = F.pad(x * real, (0, 0, 0, -T % stride))  # (B, T' stride, d_model)
-        x = x.reshape(B, -1, stride * x.shape[-1])  # (B, T', stride d_model)
+        x = x.reshape(B, -1, self.proj.in_features)  # (B, T', stride d_model)
         x = self.layer_norm(self.proj(x))  # (B, T', d_model)
         return self.position(x), mask[:, ::stride]  # (B, T', d_model), (B, T')
 
@@ -263,13 +262,13 @@ class SignLanguageLite(nn.Module):
         # every output on the token after next
         output = self.mt5_model(inputs_embeds=embeddings, attention_mask=mask, labels=labels)
         loss = output.loss  # a mean over tokens; padding does not count
-        logits = output.logits.transpose(1, 2)  # (B, pieces, L)
+        logits = output.logits.mT  # (B, pieces, L)
         smoothing = self.config.label_smoothing
         if smoothing:
             loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
         tokens = int((labels != IGNORE).sum())
         gloss = None
-        if self.gloss_head is not None:
+        if self.gloss_head:
             hidden = output.encoder_last_hidden_state  # (B, T', d_model)
             scores = self.gloss_head(hidden).float().log_softmax(-1)  # (B, T', classes)
             if self.training:
@@ -293,8 +292,7 @@ class SignLanguageLite(nn.Module):
         """
         options = asdict(InferenceConfig(**decoding))
         # a word repeated without end would spoil a whole split's BLEU
-        longest = self.longest_text * 5 // 4 + 1
-        options["max_new_tokens"] = min(options["max_new_tokens"], longest)
+        options["max_new_tokens"] = min(options["max_new_tokens"], self.longest_text * 5 // 4 + 1)
         embeddings, mask = self.encode_pose(src_input)  # (B, T', d_model), (B, T')
         rows = self.mt5_model.generate(
             inputs_embeds=embeddings,
@@ -327,7 +325,7 @@ class SignLanguageLite(nn.Module):
         targets = []  # one clip's behind another's
         for gloss in glosses:
             targets += [classes.get(word, UNKNOWN_GLOSS) for word in gloss]
-        lengths = mask.sum(1).long()  # (B,)
+        lengths = mask.sum(1)  # (B,)
         target_lengths = lengths.new_tensor([len(gloss) for gloss in glosses])  # (B,)
         losses = F.ctc_loss(
             scores.transpose(0, 1),  # (T', B, classes)
@@ -351,44 +349,36 @@ class SignLanguageLite(nn.Module):
     # --- there and back: weights, and a folder that holds a whole model ---
 
     def state_to_save(self):
-        """Parameters by name, each table once; the tensors are the model's own."""
-        # not the stacks' names of the shared table
-        return {
-            name: value for name, value in self.state_dict().items() if "embed_tokens" not in name
-        }
+        """Parameters by name, the shared table once; the tensors are the model's own."""
+        return {name: value.detach() for name, value in self.named_parameters()}
 
     def load_saved(self, state):
-        """Load what `state_to_save` gave. DataError where names or shapes differ."""
-        self.compare(state)
-        # strict would miss the stacks' names of the shared table
-        self.load_state_dict(state, strict=False)
-
-    def compare(self, state):
-        """Raise DataError where these weights' names or shapes are not the model's."""
+        """Take over what `state_to_save` gave. DataError where names or shapes differ."""
         own = {(name, value.shape) for name, value in self.state_to_save().items()}
         wrong = own ^ {(name, value.shape) for name, value in state.items()}
         if wrong:
-            first, _ = min(wrong)
+            first = min(wrong)[0]
             raise DataError(f"the saved weights do not fit this configuration, first: {first}")
+        # strict would miss the stacks' names of the shared table
+        self.load_state_dict(state, strict=False, assign=True)
 
     def init_from(self, folder):
         """Start from another run: same-shaped layers are copied, shared pieces keep their rows."""
         other = SignLanguageLite.from_pretrained(folder)
+        if other.glosses != self.glosses:
+            other.gloss_head = None  # maybe of the same shape, but of other classes
         # by name: both models are built of the same layers
         source = other.state_to_save()
-        # pieces are matched by their strings: ids differ between vocabularies
-        row_of = {piece: row for row, piece in enumerate(other.codec.pieces())}
-        rows = torch.tensor([row_of.get(piece, -1) for piece in self.codec.pieces()])
+        # pieces are matched by their strings: rows differ between vocabularies
+        rows = torch.tensor([other.codec.row.get(piece, -1) for piece in self.codec.row])
         known = rows >= 0
         anew = []
         for name, value in self.state_to_save().items():
             given = source.get(name)
-            if name in TABLES and given.shape[1] == value.shape[1]:
+            if name.endswith(TABLES) and given.shape[1] == value.shape[1]:
                 value[known] = given[rows[known]]
             elif given is None or given.shape != value.shape:
                 anew.append(name)
-            elif "gloss_head" in name and other.glosses != self.glosses:
-                anew.append(name)  # of the same shape, but other classes
             else:
                 value.copy_(given)
         print(
@@ -399,7 +389,6 @@ class SignLanguageLite(nn.Module):
     def save_pretrained(self, folder, **more):
         """Write a folder that `from_pretrained` reads; `more` goes into its config.json, too."""
         self.mt5_tokenizer.save_pretrained(folder)
-        config_file = Path(folder, "config.json")
         content = asdict(self.config) | more
         content["model"] = {
             "mt5_config": self.mt5_model.config.to_diff_dict(),
@@ -408,10 +397,9 @@ class SignLanguageLite(nn.Module):
             "longest_text": self.longest_text,
         }
         text = json.dumps(content, ensure_ascii=False, indent=1)
-        config_file.write_text(text, encoding="utf-8")
-        weights = config_file.with_name("model.safetensors")
-        save_file(self.state_to_save(), weights)
-        weights.chmod(config_file.stat().st_mode)  # safetensors: the owner's alone
+        Path(folder, "config.json").write_text(text, encoding="utf-8")
+        # written here, as the umask says: safetensors' own files are the owner's alone
+        Path(folder, "model.safetensors").write_bytes(save(self.state_to_save()))
 
     @classmethod
     def from_pretrained(cls, folder):
@@ -421,13 +409,13 @@ class SignLanguageLite(nn.Module):
             content = json.loads((folder / "config.json").read_bytes())
             config = make_config(TrainConfig, content)
             saved = content["model"] | {"folder": folder}
-            weights = map_weights(folder)
+            weights = load_weights(folder)
             sizes = saved["mt5_config"]
             if sizes["num_layers"] + sizes["num_decoder_layers"] > len(weights):
                 raise DataError("config.json has more blocks than model.safetensors has weights")
             # a sketch takes no memory: absurd sizes are found before they are made
             with torch.device("meta"):
-                cls(config, saved=saved).compare(weights)
+                cls(config, saved=saved).load_saved(weights)
             model = cls(config, saved=saved)
             model.load_saved(weights)
         return model.eval()
@@ -453,32 +441,29 @@ def find_best(path):
 class TextCodec:
     """Texts <-> label ids, which are rows of the model's tables.
 
-    keep: the tokeniser's ids that have a row, ascending; none given = all. Nowhere else are the two
-    kinds of ids mapped.
+    keep: the tokeniser's ids that have a row, ascending; none given = all. row: a piece's row, by
+    its string. Nowhere else are the two kinds of ids mapped.
     """
 
     def __init__(self, tokenizer, max_text_length, keep=None):
         self.tokenizer = tokenizer
         self.max_text_length = max_text_length
         self.keep = keep or list(range(len(tokenizer)))
-        # the tokeniser's id -> row
-        self.row = {piece_id: row for row, piece_id in enumerate(self.keep)}
-        self.unknown = self.row[tokenizer.unk_token_id]
+        pieces = tokenizer.convert_ids_to_tokens(self.keep)
+        self.row = {piece: row for row, piece in enumerate(pieces)}
+        self.unknown = self.row[tokenizer.unk_token]
 
     def __len__(self):
         return len(self.keep)
 
     def ids(self, text):
         """Rows for one text, with the end, not cut; a piece without a row is spelled."""
-        tokenizer = self.tokenizer
         rows = []
         # normalised here, too: transformers' own normaliser leaves what is written in two marks
-        for piece_id in tokenizer(normalise(text)).input_ids:
-            ids = [piece_id]
-            if piece_id not in self.row:
-                characters = list(tokenizer.convert_ids_to_tokens(piece_id))  # '▁' among them
-                ids = tokenizer.convert_tokens_to_ids(characters)
-            rows += [self.row.get(i, self.unknown) for i in ids]
+        ids = self.tokenizer(normalise(text)).input_ids
+        for piece in self.tokenizer.convert_ids_to_tokens(ids):
+            spelled = [piece] if piece in self.row else piece  # '▁' among its characters
+            rows += [self.row.get(part, self.unknown) for part in spelled]
         return rows
 
     def encode(self, texts):
@@ -498,7 +483,7 @@ class TextCodec:
 
     def pieces(self):
         """The string of each row."""
-        return self.tokenizer.convert_ids_to_tokens(self.keep)
+        return list(self.row)
 
 
 def make_codec(config, texts, saved=None):
@@ -563,9 +548,9 @@ def pieces_to_keep(tokenizer, texts=None):
     keep = []
     for piece, piece_id in tokenizer.get_vocab().items():
         # single characters, with or without the space before them, and bytes spell what is not kept
-        spells = re.fullmatch("▁?.?|<0x..>", piece, re.DOTALL)
-        sentinel = re.fullmatch(r"▁?<extra_id_\d+>", piece)  # of mT5's pre-training
-        if not sentinel and (spells or not texts or piece_id in used):
+        spells = re.fullmatch("(?s)▁?.?|<0x..>", piece)
+        # never a sentinel of mT5's pre-training
+        if "<extra_id_" not in piece and (spells or not texts or piece_id in used):
             keep.append(piece_id)
     return sorted(keep)
 
@@ -580,16 +565,16 @@ def build_mt5(config, codec, saved):
         return untied_mt5(MT5Config(**sizes))
     if config.mt5_path:
         return pretrained_mt5(config.mt5_path, codec)
-    mt5_config = MT5Config(
-        vocab_size=len(codec),
-        d_model=config.d_model,
-        d_kv=32,
-        num_heads=config.d_model // 32,
-        d_ff=2 * config.d_model,
-        num_layers=config.num_layers,
-        num_decoder_layers=config.num_layers,
+    mt5 = untied_mt5(
+        MT5Config(
+            vocab_size=len(codec),
+            d_model=config.d_model,
+            d_kv=32,
+            num_heads=config.d_model // 32,
+            d_ff=2 * config.d_model,
+            num_layers=config.num_layers,  # of the decoder, too
+        )
     )
-    mt5 = untied_mt5(mt5_config)
     # mT5 draws its head with deviation 1: the first loss is then 15, where ln(pieces) is 4
     nn.init.normal_(mt5.lm_head.weight, std=config.d_model**-0.5)
     return mt5
@@ -607,30 +592,29 @@ def untied_mt5(mt5_config):
 
 
 def pretrained_mt5(path, codec):
-    """The weights of an mT5 folder; of the two large tables only the rows that stay are read."""
+    """The weights of an mT5 folder; of the two large tables only the rows that stay."""
     folder = mt5_folder(path)
     with naming(f"mt5_path {path}", "not a readable mT5", ConfigError):
-        mt5_config = MT5Config.from_pretrained(folder)
-        weights = map_weights(folder)
-        table = weights["shared.weight"]  # (rows, d_model)
-        if "lm_head.weight" not in weights or len(table) <= codec.keep[-1]:
+        weights = load_weights(folder)
+        rows = len(weights["shared.weight"])
+        needed = codec.keep[-1] + 1
+        if "lm_head.weight" not in weights or rows < needed:
             raise ConfigError(
                 f"mt5_path {path}: not an mT5: its head is tied to the piece table, or that has "
-                f"{len(table)} rows, fewer than the {codec.keep[-1] + 1} pieces"
+                f"{rows} rows, fewer than the {needed} pieces"
             )
-        # built small, then filled: the full tables are never in memory
-        mt5_config.vocab_size = len(codec)
-        mt5 = untied_mt5(mt5_config)
-        weights["shared.weight"] = table[codec.keep]  # (pieces, d_model)
-        weights["lm_head.weight"] = weights["lm_head.weight"][codec.keep]  # (pieces, d_model)
+        # built small: the model never has the full tables
+        for name in TABLES:
+            weights[name] = weights[name][codec.keep]  # (pieces, d_model)
+        mt5 = untied_mt5(MT5Config.from_pretrained(folder, vocab_size=len(codec)))
         # the shared table once, by its own name
         state = {name: weights[name] for name, _ in mt5.named_parameters()}
         mt5.load_state_dict(state, strict=False)
     return mt5
 
 
-def map_weights(folder):
-    """Name -> tensor, from the folder's weight files; mapped: what nobody reads takes no memory."""
+def load_weights(folder):
+    """Name -> tensor, from the folder's weight files."""
     weights = {}
     folder = Path(folder)
     for path in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin")):
@@ -638,8 +622,7 @@ def map_weights(folder):
         if path.suffix == ".safetensors":
             weights |= load_file(path)
         else:
-            mapped = zipfile.is_zipfile(path)  # what torch wrote before 1.6 cannot be
-            weights |= torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            weights |= torch.load(path, map_location="cpu", weights_only=True)
     return weights
 
 
@@ -658,8 +641,8 @@ def mt5_folder(path):
     if path == DEFAULT_MT5 and beside.is_dir():
         path = beside
     if not Path(path).is_dir():
-        what = f"no such folder, and the hub did not give it; {advice}"
-        with naming(f"mt5_path {path}", what, ConfigError):
+        advice = f"no such folder, and the hub did not give it; {advice}"
+        with naming(f"mt5_path {path}", advice, ConfigError):
             path = snapshot_download(path, allow_patterns=sum(needed, []))
     for names in needed:
         if not any(list(Path(path).glob(name)) for name in names):

@@ -210,7 +210,7 @@ TABLE = {
             ("[-1.0, 1.0, 1.0]", "[1.0, -1.0, 1.0]"),
         ],
         BITES + "root_mean_square": [
-            ("(hand[..., 2:] > 0).sum(", "(hand[..., 2:] >= 0).sum("),
+            ("(confidence > 0).sum(", "(confidence >= 0).sum("),
             ("joints.clamp(min=1)).sqrt()", "joints.clamp(min=1))"),
         ],
         BITES + "docstring_draws": [
@@ -227,8 +227,8 @@ TABLE = {
             ("F.pad(x * real,", "F.pad(x,"),
         ],
         MODELS + "velocity": [
-            ("seen[:, 1:] & seen[:, :-1]", "seen[:, 1:] | seen[:, :-1]"),
-            ("velocity[:, 1:] =", "velocity[:, :-1] ="),
+            ("seen & seen.roll(", "seen | seen.roll("),
+            ("prepend=xy[:, :1]", "append=xy[:, -1:]"),
         ],
         BITES + "glorots": [
             ("nn.init.xavier_uniform_(layer.weight)", "pass"),
@@ -236,7 +236,10 @@ TABLE = {
         ],
         BITES + "sizes": [
             ("d_ff=2 * config.d_model", "d_ff=4 * config.d_model"),
-            ("num_decoder_layers=config.num_layers", "num_decoder_layers=2"),
+            (
+                "num_layers=config.num_layers,",
+                "num_layers=config.num_layers, num_decoder_layers=2,",
+            ),
         ],
         BITES + "best_path": [
             ("torch.unique_consecutive(best[real])", "best[real]"),
@@ -250,13 +253,13 @@ TABLE = {
             ("losses[target_lengths > 0].sum()", "losses.sum()"),
             ("zero_infinity=True", "zero_infinity=False"),
         ],
-        BITES + "as_many_other_glosses": [("and other.glosses != self.glosses:", "and False:")],
+        BITES + "as_many_other_glosses": [("if other.glosses != self.glosses:", "if False:")],
         MODELS + "shared_pieces": [
             ("given[rows[known]]", "given[: int(known.sum())]"),
-            ("row_of.get(piece, -1)", "row_of.get(piece, 0)"),
+            ("row.get(piece, -1)", "row.get(piece, 0)"),
         ],
         BITES + "decoding_option": [
-            ('min(options["max_new_tokens"], longest)', "min(64, longest)"),
+            ('min(options["max_new_tokens"], self', "min(64, self"),
             ("asdict(InferenceConfig(**decoding))", "asdict(InferenceConfig())"),
             ("**options,", '**options | {"length_penalty": 1.0},'),
             ("do_sample=False", "do_sample=True"),
@@ -293,14 +296,17 @@ TABLE = {
             ("[*rows[: self.max_text_length - 1], end]", "[*rows, end][: self.max_text_length]")
         ],
         BITES + "single_characters": [
-            ("if not sentinel and (", "if ("),
-            ('"▁?.?|<0x..>"', '".?|<0x..>"'),
-            ('"▁?.?|<0x..>"', '".*"'),
-            ('"▁?.?|<0x..>"', '"▁?.?"'),
+            ('if "<extra_id_" not in piece and (', "if ("),
+            ('"(?s)▁?.?|<0x..>"', '"(?s).?|<0x..>"'),
+            ('"(?s)▁?.?|<0x..>"', '"(?s).*"'),
+            ('"(?s)▁?.?|<0x..>"', '"(?s)▁?.?"'),
         ],
         MODELS + "is_spelled": [
-            ('"▁?.?|<0x..>"', '"<0x..>"'),
-            ("rows += [self.row.get(i, self.unknown) for i in ids]", "rows += ids[:0]"),
+            ('"(?s)▁?.?|<0x..>"', '"(?s)<0x..>"'),
+            (
+                "rows += [self.row.get(part, self.unknown) for part in spelled]",
+                "rows += spelled[:0]",
+            ),
         ],
         BITES + "longer_piece": [
             ("len, texts)) // 400)", "len, texts)) // 40)"),
