@@ -248,12 +248,13 @@ def set_instead(config):
 
     Who edits a default of TrainConfig is told here where the edit does not reach.
     """
-    changes = []
     # the defaults as they stand in the file, edited or not; both classes have one order of fields
-    for plain, own in zip(fields(TrainConfig), fields(config)):
+    changes = [
+        f"{own.name} {own.default!r} (TrainConfig: {plain.default!r})"
+        for plain, own in zip(fields(TrainConfig), fields(config))
         # an edit does not reach it, and the command line does not set it
-        if plain.default != own.default == getattr(config, own.name):
-            changes.append(f"{own.name} {own.default!r} (TrainConfig: {plain.default!r})")
+        if plain.default != own.default == getattr(config, own.name)
+    ]
     return f"{type(config).__name__} sets: {', '.join(changes)}" if changes else ""
 
 

@@ -326,7 +326,7 @@ class SignLanguageLite(nn.Module):
         for gloss in glosses:
             targets += [classes.get(word, UNKNOWN_GLOSS) for word in gloss]
         lengths = mask.sum(1)  # (B,)
-        target_lengths = lengths.new_tensor([len(gloss) for gloss in glosses])  # (B,)
+        target_lengths = lengths.new_tensor(list(map(len, glosses)))  # (B,)
         losses = F.ctc_loss(
             scores.transpose(0, 1),  # (T', B, classes)
             lengths.new_tensor(targets),
@@ -357,8 +357,7 @@ class SignLanguageLite(nn.Module):
         own = {(name, value.shape) for name, value in self.state_to_save().items()}
         wrong = own ^ {(name, value.shape) for name, value in state.items()}
         if wrong:
-            first = min(wrong)[0]
-            raise DataError(f"the saved weights do not fit this configuration, first: {first}")
+            raise DataError(f"the saved weights do not fit the configuration: {min(wrong)[0]}")
         # strict would miss the stacks' names of the shared table
         self.load_state_dict(state, strict=False, assign=True)
 
@@ -370,7 +369,7 @@ class SignLanguageLite(nn.Module):
         # by name: both models are built of the same layers
         source = other.state_to_save()
         # pieces are matched by their strings: rows differ between vocabularies
-        rows = torch.tensor([other.codec.row.get(piece, -1) for piece in self.codec.row])
+        rows = torch.tensor([other.codec.row.get(piece, -1) for piece in self.codec.pieces])
         known = rows >= 0
         anew = []
         for name, value in self.state_to_save().items():
@@ -441,16 +440,16 @@ def find_best(path):
 class TextCodec:
     """Texts <-> label ids, which are rows of the model's tables.
 
-    keep: the tokeniser's ids that have a row, ascending; none given = all. row: a piece's row, by
-    its string. Nowhere else are the two kinds of ids mapped.
+    keep: the tokeniser's ids that have a row, ascending; none given = all. pieces: their strings;
+    row: a piece's row, by its string. Nowhere else are the two kinds of ids mapped.
     """
 
     def __init__(self, tokenizer, max_text_length, keep=None):
         self.tokenizer = tokenizer
         self.max_text_length = max_text_length
         self.keep = keep or list(range(len(tokenizer)))
-        pieces = tokenizer.convert_ids_to_tokens(self.keep)
-        self.row = {piece: row for row, piece in enumerate(pieces)}
+        self.pieces = tokenizer.convert_ids_to_tokens(self.keep)
+        self.row = {piece: row for row, piece in enumerate(self.pieces)}
         self.unknown = self.row[tokenizer.unk_token]
 
     def __len__(self):
@@ -480,10 +479,6 @@ class TextCodec:
         ids = torch.tensor(self.keep)[rows.cpu()]  # (B, L)
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return list(map(str.strip, texts))
-
-    def pieces(self):
-        """The string of each row."""
-        return list(self.row)
 
 
 def make_codec(config, texts, saved=None):

@@ -588,7 +588,7 @@ def made_of(model, data):
     clips = []
     for dataset in data.values():
         clips += [(entry["name"], entry["report"].digest) for entry in dataset.entries]
-    return {"pieces": model.codec.pieces(), "glosses": model.glosses, "clips": clips}
+    return {"pieces": model.codec.pieces, "glosses": model.glosses, "clips": clips}
 
 
 def make_loader(dataset, batches=None):

@@ -974,7 +974,7 @@ def test_rows_that_are_no_text_are_never_decoded(mt5_folder):
     stored = load_file(mt5_folder / "model.safetensors")
     assert rows == len(model.codec)
     assert rows < len(stored["lm_head.weight"])
-    pieces = model.codec.pieces()
+    pieces = model.codec.pieces
     assert len(pieces) == rows
     assert None not in pieces
     assert not any("extra_id" in piece for piece in pieces)
@@ -1178,17 +1178,17 @@ def test_init_from_keeps_the_rows_of_shared_pieces_and_names_what_begins_anew(
     after = model.state_to_save()
     source = other.state_to_save()
 
-    source_pieces = other.codec.pieces()
+    source_pieces = other.codec.pieces
     source_rows = {}  # row in this model -> row in the other
     new_rows = []
-    for row, piece in enumerate(model.codec.pieces()):
+    for row, piece in enumerate(model.codec.pieces):
         if piece in source_pieces:
             source_rows[row] = source_pieces.index(piece)
         else:
             new_rows.append(row)
     assert len(source_rows) > 10, "the test needs pieces that are shared"
     assert new_rows, "the test needs pieces that are not shared"
-    assert f"{len(source_rows)} of {len(model.codec.pieces())}" in printed, printed
+    assert f"{len(source_rows)} of {len(model.codec.pieces)}" in printed, printed
 
     begins_anew = set()
     for name in after:
