@@ -16,6 +16,7 @@ import json
 import math
 import re
 import tempfile
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -353,11 +354,12 @@ class SignLanguageLite(nn.Module):
         return {name: value.detach() for name, value in self.named_parameters()}
 
     def load_saved(self, state):
-        """Take over what `state_to_save` gave. DataError where names or shapes differ."""
-        own = {(name, value.shape) for name, value in self.state_to_save().items()}
-        wrong = own ^ {(name, value.shape) for name, value in state.items()}
+        """Take over what `state_to_save` gave. DataError where names, shapes or types differ."""
+        own = {(name, value.shape, value.dtype) for name, value in self.state_to_save().items()}
+        wrong = own ^ {(name, value.shape, value.dtype) for name, value in state.items()}
         if wrong:
-            raise DataError(f"the saved weights do not fit the configuration: {min(wrong)[0]}")
+            first = min(name for name, *_ in wrong)
+            raise DataError(f"the saved weights do not fit the configuration: {first}")
         # strict would miss the stacks' names of the shared table
         self.load_state_dict(state, strict=False, assign=True)
 
@@ -609,7 +611,7 @@ def pretrained_mt5(path, codec):
 
 
 def load_weights(folder):
-    """Name -> tensor, from the folder's weight files."""
+    """Name -> tensor, from the folder's weight files; mapped: what nobody reads takes no memory."""
     weights = {}
     folder = Path(folder)
     for path in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin")):
@@ -617,7 +619,8 @@ def load_weights(folder):
         if path.suffix == ".safetensors":
             weights |= load_file(path)
         else:
-            weights |= torch.load(path, map_location="cpu", weights_only=True)
+            mapped = zipfile.is_zipfile(path)  # what torch wrote before 1.6 cannot be
+            weights |= torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     return weights
 
 
