@@ -248,13 +248,15 @@ def set_instead(config):
 
     Who edits a default of TrainConfig is told here where the edit does not reach.
     """
+    changes = []
     # the defaults as they stand in the file, edited or not; both classes have one order of fields
-    changes = [
-        f"{own.name} {own.default!r} (TrainConfig: {plain.default!r})"
-        for plain, own in zip(fields(TrainConfig), fields(config))
+    for plain, own in zip(fields(TrainConfig), fields(config)):
         # an edit does not reach it, and the command line does not set it
-        if plain.default != own.default == getattr(config, own.name)
-    ]
+        if plain.default != own.default == getattr(config, own.name):
+            change = f"{own.name} {own.default!r} (TrainConfig: {plain.default!r})"
+            if own.name == "max_steps":  # an edit of epochs does not reach it either
+                change += f" instead of epochs {config.epochs}"
+            changes.append(change)
     return f"{type(config).__name__} sets: {', '.join(changes)}" if changes else ""
 
 
