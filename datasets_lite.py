@@ -244,6 +244,7 @@ def load_part_kp(skeletons, confs):
     kps_with_scores = {}
     for part, joints in PARTS.items():  # the body first: its scale is the hands', too
         motion = np.dstack([skeletons[:, joints], confs[:, joints]])  # (T, V, 3)
+        motion = motion.astype(np.float32)  # half precision could not hold every scale
         if part == "body":
             result, scale, _ = crop_scale(motion, THRESHOLD)
         else:

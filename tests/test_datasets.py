@@ -123,6 +123,14 @@ def test_crop_scale_is_one_box_for_the_clip(seed):
     )
 
 
+def test_half_precision_loses_no_hand_of_a_clip_wider_than_its_largest_number():
+    keypoints = np.full((1, 133, 2), -65000, np.float16)
+    keypoints[0, ::2] = 65000  # 130,000 wide: infinite as float16
+    pose = load_part_kp(keypoints, np.ones((1, 133), np.float16))
+    assert pose["left"][0, :2].tolist() == [[0, 0, 1], [1, 1, 1]]
+    assert pose["right"][0, :2].tolist() == [[0, 0, 1], [-1, -1, 1]]
+
+
 def test_crop_scale_leaves_its_input_alone():
     motion = motion_of()
     motion[0, 0] = NAN
