@@ -49,7 +49,7 @@ class TrainConfig:
     # batch_size x gradient_accumulation x processes: clips a step, 32 at least (review)
     batch_size: int = option(2, "clips per forward pass and process", least=1, group="training")
     gradient_accumulation: int = option(16, "forward passes per optimiser step", least=1)
-    epochs: int = option(50, "passes over the training data; read where max_steps is 0", least=1)
+    epochs: int = option(50, "passes over the training data; read where max_steps is 0")
     max_steps: int = option(0, "optimiser steps; 0 = epochs decide")
     # for pretrained weights; from scratch it is too low, see ScratchConfig
     learning_rate: float = option(
@@ -173,6 +173,8 @@ class TrainConfig:
     def __post_init__(self):
         """Check every field by itself, then those that depend on each other."""
         _check_fields(self, TrainConfig)
+        if not self.epochs and not self.max_steps:
+            _refuse(self, "epochs", "1 or more where max_steps is 0")
         if self.min_lr > self.learning_rate:
             _refuse(self, "min_lr", "at most learning_rate")
         if self.d_model % 32:
@@ -272,7 +274,8 @@ def _check_fields(config, owner):
     for item in options:
         value = getattr(config, item.name)
         kind = type(value)  # not isinstance: True is an int to Python
-        choices = [repr(choice) for choice in get_args(item.type)]  # of a Literal
+        # of a Literal; repr tells 1 from True
+        choices = [repr(choice) for choice in get_args(item.type)]
         least = item.metadata.get("least", 0)
         most = item.metadata.get("most", 1_000_000_000)
         wanted = ""

@@ -103,7 +103,7 @@ def read_labels(path):
         if raw.startswith(b"\x1f\x8b"):  # gzip's first bytes
             raw = gzip.decompress(raw)
         refuse_known(path, raw)
-        if raw[:1] in b"\x80(}]c":  # a pickle's first opcode, of any protocol
+        if raw.startswith((b"\x80", b"(", b"}", b"]", b"c")):  # a pickle's, of any protocol
             data = unpickle(raw)
         else:
             data = parse_json(path, raw)
@@ -146,7 +146,7 @@ def parse_json(path, raw):
 
     # Notepad's mark goes
     text = raw.decode("utf-8-sig").strip()
-    if text[:1] not in "{[":
+    if not text.startswith(("{", "[")):
         raise DataError(
             f"{path}: a table, or other text that is no JSON (it begins {text[:40]!r}): write "
             '{name: {"text": ..., "gloss": [...]}}'
@@ -241,10 +241,12 @@ def load_part_kp(skeletons, confs):
     the body's scale and clipped to -1..1; in a frame where that joint was not seen it is all zero.
     The model brings it to its own scale (models_lite.hand_features).
     """
+    # half precision could not hold every scale
+    skeletons = np.asarray(skeletons, np.float32)
+    confs = np.asarray(confs, np.float32)
     kps_with_scores = {}
     for part, joints in PARTS.items():  # the body first: its scale is the hands', too
         motion = np.dstack([skeletons[:, joints], confs[:, joints]])  # (T, V, 3)
-        motion = motion.astype(np.float32)  # half precision could not hold every scale
         if part == "body":
             result, scale, _ = crop_scale(motion, THRESHOLD)
         else:
@@ -841,7 +843,8 @@ def guarded(read, paths, children=1):
                 )
             yield result
     finally:
-        for reader in readers.values():
+        # the last first: it holds the pipes of those before it open
+        for reader in reversed(readers.values()):
             stop_reader(*reader)
 
 
@@ -903,7 +906,7 @@ def naming(path, what, kind=DataError):
         if isinstance(error, PermissionError):
             what = "this user may not read it"
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise kind(f"{path}: {what} ({reason:.200})") from error
+        raise kind(f"{path}: {what} ({reason:.400})") from error
 
 
 def check_size(path, size, what="holds"):

@@ -150,7 +150,10 @@ class SignLanguageLite(nn.Module):
         if texts:
             self.longest_text = self.codec.encode(texts).shape[1]
         if config.ctc_weight and glosses:
-            self.glosses = sorted(set().union(*glosses))
+            words = set()
+            for gloss in glosses:
+                words.update([gloss] if isinstance(gloss, str) else gloss)
+            self.glosses = sorted(words)
         if saved:
             self.longest_text = int(saved["longest_text"])
             self.glosses = sorted(saved["glosses"])
@@ -269,7 +272,7 @@ class SignLanguageLite(nn.Module):
             loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
         tokens = int((labels != IGNORE).sum())
         gloss = None
-        if self.gloss_head:
+        if self.gloss_head is not None:
             hidden = output.encoder_last_hidden_state  # (B, T', d_model)
             scores = self.gloss_head(hidden).float().log_softmax(-1)  # (B, T', classes)
             if self.training:
@@ -326,7 +329,7 @@ class SignLanguageLite(nn.Module):
         targets = []  # one clip's behind another's
         for gloss in glosses:
             targets += [classes.get(word, UNKNOWN_GLOSS) for word in gloss]
-        lengths = mask.sum(1)  # (B,)
+        lengths = mask.sum(1).long()  # (B,)
         target_lengths = lengths.new_tensor(list(map(len, glosses)))  # (B,)
         losses = F.ctc_loss(
             scores.transpose(0, 1),  # (T', B, classes)
@@ -354,14 +357,14 @@ class SignLanguageLite(nn.Module):
         return {name: value.detach() for name, value in self.named_parameters()}
 
     def load_saved(self, state):
-        """Take over what `state_to_save` gave. DataError where names, shapes or types differ."""
+        """Load what `state_to_save` gave. DataError where names, shapes or types differ."""
         own = {(name, value.shape, value.dtype) for name, value in self.state_to_save().items()}
         wrong = own ^ {(name, value.shape, value.dtype) for name, value in state.items()}
         if wrong:
             first = min(name for name, *_ in wrong)
             raise DataError(f"the saved weights do not fit the configuration: {first}")
-        # strict would miss the stacks' names of the shared table
-        self.load_state_dict(state, strict=False, assign=True)
+        # strict would miss the stacks' names of the shared table; a sketch has nothing to copy to
+        self.load_state_dict(state, strict=False, assign=self.proj.weight.is_meta)
 
     def init_from(self, folder):
         """Start from another run: same-shaped layers are copied, shared pieces keep their rows."""

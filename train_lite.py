@@ -171,7 +171,7 @@ class Run:
     window: Counter = field(default_factory=Counter)  # sums over its micro-batches
     clips: dict = field(default_factory=dict)  # name -> its micro-batch's loss
     last_loss: float = math.nan  # of the last step, per token
-    saved_at: float = time.monotonic()  # seconds; until it saves, when this module was read
+    saved_at: float = field(default_factory=time.monotonic)  # seconds
     signals: Any = None  # Signals, while the loop runs
 
     def description(self):
@@ -351,7 +351,7 @@ def train(config, inference, args=None):
     if isinstance(config, DemoConfig):
         demo_banner(config, place)
     run = Run(config, inference, place, labels=labels_digest(config))
-    # each process finds the same: nothing changes before all have read the data
+    # each process finds the same: no last.pt or best/ changes before all have read the data
     run.folder, last = choose_folder(config, run.description())
     if last is None:
         # what is missing is said before the poses are read; a resumed run needs neither
@@ -445,11 +445,13 @@ def find_place(config):
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if rank:
-        sys.stdout = None  # print then does nothing: said once, not once a process
+        # said once, not once a process; open as long as this process
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32
     if world > 1:
         # hours: the others wait while the first reads a large corpus
-        dist.init_process_group(timeout=timedelta(hours=6))
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=6))
     return Place(rank, world, device)
 
 
@@ -496,7 +498,10 @@ def choose_folder(config, description):
             last = find_latest_checkpoint(folder)
             changed = "its last.pt is missing"
             if last:
-                changed = differences(load_checkpoint(last)["config"], description)
+                described = folder / "config.json"
+                with naming(described, "not a run's configuration", RunError):
+                    saved = json.loads(described.read_text(encoding="utf-8"))
+                    changed = differences(saved, description)
             if not changed:
                 return folder, last
             if config.output_dir:
@@ -506,7 +511,8 @@ def choose_folder(config, description):
                 )
             print(f"{folder} holds another run ({changed})")
         number += 1
-        folder = base.parent / f"{base.resolve().name}-{number}"
+        # abspath: base may be a link, or "."
+        folder = base.parent / f"{Path(os.path.abspath(base)).name}-{number}"
     return folder, resumed
 
 
@@ -620,7 +626,8 @@ def make_optimizers(model, config, total_steps, steps_per_epoch, state=None):
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and name.startswith(MUON_LAYERS[config.muon])
     ]
-    others = [p for p in model.parameters() if p.requires_grad and p not in set(hidden)]
+    with_muon = set(hidden)
+    others = [p for p in model.parameters() if p.requires_grad and p not in with_muon]
     groups = [
         {"params": [p for p in others if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0},
@@ -1049,18 +1056,20 @@ def collapse_warning(metrics, predictions):
     """A line where the outputs do not depend on the poses, else "". chrF tells."""
     # what it says most often
     top, count = Counter(predictions).most_common(1)[0]
-    # chrF knows single words, too, where BLEU-4 has nothing to count; up to a fifth of it comes of
-    # the clips' lengths alone: long ones have long texts
-    gap = metrics["chrf"] - 1.2 * metrics["shuffled_chrf"]
+    # chrF knows single words, too, where BLEU-4 has nothing to count; a gap of a fifth comes of the
+    # clips' lengths alone: long ones have long texts
+    shuffled = metrics["shuffled_chrf"]
+    gap = metrics["chrf"] - shuffled
+    least_gap = max(1, 0.2 * min(shuffled, 100 - shuffled))
     variety = metrics["unique_ratio"] / metrics["reference_unique_ratio"]
-    reads_poses = gap >= 1 and variety >= 0.2
+    reads_poses = gap >= least_gap and variety >= 0.2
     # half of the clips right is no collapse, however few sentences there are
     if len(predictions) < 2 or metrics["exact_match"] >= 50 or reads_poses:
         return ""
     return (
         f"warning: the model ignores the pose: it has collapsed onto {shorten(top)!r} ({count} of "
         f"{len(predictions)} outputs; chrF {metrics['chrf']:.1f}, with exchanged poses "
-        f"{metrics['shuffled_chrf']:.1f})\n"
+        f"{shuffled:.1f})\n"
     )
 
 
@@ -1110,7 +1119,7 @@ def write_whole(path, content):
         remove(old)
     except (OSError, RuntimeError, SafetensorError) as error:  # of a full disk, too
         remove(aside)
-        free = shutil.disk_usage(path.parent).free / 1e6
+        free = shutil.disk_usage(path.parent).free / 1e6 if path.parent.is_dir() else 0
         raise RunError(
             f"could not write {path}: {error} ({free:,.0f} MB are free); what stood there is whole"
         ) from error
@@ -1389,7 +1398,7 @@ def make_parser(command):
         elif item.type is bool:  # the flag alone says true
             how = {"type": true_or_false, "nargs": "?", "const": True, "metavar": "true|false"}
         words = item.metadata.get("help", "")  # none where a user wrote a plain default
-        words += f" (default: {item.default!r})"
+        words += f" (default: {item.default!r})".replace("%", "%%")
         group.add_argument(*flags, dest=item.name, help=words, **how)
     # these two are the original's
     hidden = {"action": "store_false", "help": argparse.SUPPRESS}
@@ -1399,9 +1408,11 @@ def make_parser(command):
 
 
 def true_or_false(word):
-    """Raises ValueError, for argparse, where the word is neither."""
-    words = ["false", "no", "0", "true", "yes", "1"]
-    return words.index(word.lower()) >= 3
+    if word.lower() in ("true", "yes", "1"):
+        return True
+    if word.lower() in ("false", "no", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{word!r} is neither true nor false")
 
 
 def parse(argv):

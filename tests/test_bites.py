@@ -897,13 +897,14 @@ def test_the_shuffled_scores_are_those_of_exchanged_texts():
     "changed, warned",
     [
         ({}, False),
-        ({"shuffled_chrf": 7.6}, True),
+        ({"shuffled_chrf": 8.4}, True),
         ({"unique_ratio": 15.9}, True),
-        ({"shuffled_chrf": 7.6, "exact_match": 50.0}, False),
+        ({"chrf": 95.0, "shuffled_chrf": 83.0}, False),  # like sentences
+        ({"shuffled_chrf": 8.4, "exact_match": 50.0}, False),
     ],
 )
 def test_a_collapse_is_little_gap_or_little_variety(changed, warned):
-    metrics = {"chrf": 10.0, "shuffled_chrf": 7.4, "exact_match": 49.0}
+    metrics = {"chrf": 10.0, "shuffled_chrf": 8.3, "exact_match": 49.0}
     metrics |= {"unique_ratio": 16.0, "reference_unique_ratio": 80.0}
     words = train_lite.collapse_warning(metrics | changed, ["书", "花", "书"])
     assert bool(words) == warned

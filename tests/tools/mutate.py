@@ -92,7 +92,7 @@ TABLE = {
         ],
         DATASETS + "four_usable": [("len(valid_coords) < 4", "len(valid_coords) < 3")],
         BITES + "without_a_body": [("scale > 0  # or", "scale >= 0  # or")],
-        DATASETS + "half_precision": [("motion = motion.astype(np.float32)", "pass")],
+        DATASETS + "half_precision": [("np.asarray(skeletons, np.float32)", "skeletons")],
         DATASETS + "first_joint": [
             ("usable &= usable[:, :1]", "usable &= usable[:, 1:2]"),
             ("usable &= usable[:, :1]", "usable &= True"),
@@ -458,7 +458,7 @@ TABLE = {
             ('values["device"] = "auto"', "pass"),
         ],
         BITES + "lock_that_is": [('folder / ".lock", "a")', 'folder / ".lock", "w")')],
-        BITES + "working_folder": [("{base.resolve().name}-", "{base.name}-")],
+        BITES + "working_folder": [("{Path(os.path.abspath(base)).name}-", "{base.name}-")],
         BITES + "rate_ends": [("if run.step + 1 < run.total_steps:", "if True:")],
         BITES + "muon": [
             ('"proj", "mt5_model.encoder.block")', '"proj")'),
@@ -501,9 +501,10 @@ TABLE = {
             ("for i in exchange(references)", "for i in range(len(references))"),
         ],
         BITES + "collapse": [
-            ("gap >= 1 and variety", "gap >= 2 and variety"),
-            ("1.2 * metrics[", "1.0 * metrics["),
-            ("gap >= 1 and variety >= 0.2", "gap >= 1"),
+            ("max(1, 0.2", "max(3, 0.2"),
+            ("max(1, 0.2 * min(", "max(1, 0.0 * min("),
+            ("min(shuffled, 100 - shuffled)", "shuffled"),
+            ("gap >= least_gap and variety >= 0.2", "gap >= least_gap"),
             ('metrics["exact_match"] >= 50', 'metrics["exact_match"] > 50'),
             ("len(predictions) < 2 or", "len(predictions) < 1 or"),
         ],
