@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    ROOT,
     entry,
     random_clip,
     scratch_config,
@@ -1002,6 +1003,23 @@ def test_a_reader_that_takes_too_long_is_ended_by_its_cpu_time(tmp_path, monkeyp
     assert "spin" in str(found[1])
     assert "CPU seconds" in str(found[1])
     assert found[2] == "b", "the files behind it must still be read"
+
+
+UNREAD = """
+from datasets_lite import guarded
+results = guarded(lambda path: path * 100_000, list("abcdefgh"), 4)  # more than a pipe holds
+next(results)
+results.close()
+print("closed")
+"""
+
+
+def test_readers_end_when_nobody_wants_their_results_any_more():
+    """As after Ctrl-C: a child that waits for a full pipe must not be waited for."""
+    run = subprocess.run(
+        [sys.executable, "-c", UNREAD], cwd=ROOT, timeout=60, capture_output=True, text=True
+    )
+    assert run.stdout == "closed\n", run.stderr
 
 
 def test_guarded_results_come_in_order_whatever_the_number_of_children(tmp_path):
