@@ -1008,7 +1008,8 @@ def test_a_reader_that_takes_too_long_is_ended_by_its_cpu_time(tmp_path, monkeyp
 UNREAD = """
 from datasets_lite import guarded
 results = guarded(lambda path: path * 100_000, list("abcdefgh"), 4)  # more than a pipe holds
-next(results)
+for _ in range(4):  # each child has begun
+    next(results)
 results.close()
 print("closed")
 """
