@@ -93,7 +93,13 @@ TABLE = {
         DATASETS + "four_usable": [("len(valid_coords) < 4", "len(valid_coords) < 3")],
         BITES + "without_a_body": [("scale > 0  # or", "scale >= 0  # or")],
         DATASETS + "nobody_wants": [("reversed(readers.values())", "readers.values()")],
-        DATASETS + "half_precision": [("np.asarray(skeletons, np.float32)", "skeletons")],
+        DATASETS + "half_precision": [
+            (
+                "    skeletons = np.asarray(skeletons, np.float32)\n"
+                "    confs = np.asarray(confs, np.float32)\n",
+                "",
+            )
+        ],
         DATASETS + "first_joint": [
             ("usable &= usable[:, :1]", "usable &= usable[:, 1:2]"),
             ("usable &= usable[:, :1]", "usable &= True"),
