@@ -1324,10 +1324,25 @@ def test_a_clip_exchanged_under_its_name_stops_a_resumed_run(demo, tmp_path, cap
     assert "other clips" in capsys.readouterr().err
 
 
-def test_a_flipped_bit_in_the_weights_of_a_checkpoint_is_noticed(finished, tmp_path):
-    raw = (finished / "last.pt").read_bytes()
-    flipped = bytearray(raw)
-    flipped[len(raw) // 2] ^= 1
+@pytest.mark.parametrize("part", range(20))
+def test_a_flipped_bit_anywhere_in_a_checkpoint_is_noticed(finished, tmp_path, part):
+    """In the weights, but in names, dates and padding, too."""
+    flipped = bytearray((finished / "last.pt").read_bytes())
+    flipped[int((len(flipped) - 1) * part / 19)] ^= 1
+    (tmp_path / "last.pt").write_bytes(flipped)
+    with pytest.raises(RunError, match="last.pt.*checksum"):
+        train_lite.load_checkpoint(tmp_path / "last.pt")
+
+
+def test_a_pipe_in_the_place_of_a_checkpoint_is_named(tmp_path):
+    os.mkfifo(tmp_path / "last.pt")
+    with pytest.raises(RunError, match="last.pt.*it is no file"):
+        train_lite.load_checkpoint(tmp_path / "last.pt")
+
+
+def test_torch_itself_opens_a_checkpoint_and_notices_no_flipped_bit(finished, tmp_path):
+    flipped = bytearray((finished / "last.pt").read_bytes())
+    flipped[len(flipped) // 2] ^= 1
     (tmp_path / "last.pt").write_bytes(flipped)
     assert torch.load(tmp_path / "last.pt", weights_only=True), "torch itself notices nothing"
     with pytest.raises(RunError, match="last.pt.*checksum"):
