@@ -367,6 +367,9 @@ TABLE = {
             ("zero_grad()  # a step", "zero_grad(set_to_none=False)  # a step"),
             ("            scheduler.step()\n", "            pass\n"),
         ],
+        TRAIN + "flipped_bit": [
+            ("content[-4:].tobytes() != checksum(content[:-4])", "False"),
+        ],
         TRAIN + "whose_loss_was_not_finite": [
             ("in run.clips.items() if not math.isfinite(loss)]", "in run.clips.items()]"),
         ],
