@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from transformers import MT5Config, MT5ForConditionalGeneration
 
+import train_lite
 from config_lite import ScratchConfig, TrainConfig
 from datasets_lite import SignLanguageDataset, demo_sentence, make_demo_corpus
 from models_lite import SignLanguageLite
@@ -85,6 +86,13 @@ def write_corpus(folder, clips, split="train"):
     for name, (keypoints, scores) in clips.items():
         write_pose(Path(folder) / "pose_format" / f"{name}.pkl", keypoints, scores)
     return write_labels(Path(folder) / f"labels.{split}", {name: entry(name) for name in clips})
+
+
+def save_sound(state, path):
+    """A checkpoint of this content, with its checksum behind it."""
+    torch.save(state, path)
+    raw = path.read_bytes()
+    path.write_bytes(raw + train_lite.checksum(raw))
 
 
 # ------------------------------------------------------------ the demo, small

@@ -24,6 +24,7 @@ from conftest import (
     entry,
     random_clip,
     save_best,
+    save_sound,
     scratch_config,
     scratch_model,
     without_dropout,
@@ -542,7 +543,7 @@ def test_a_run_is_finished_when_its_last_weights_are_scored(
 
 
 def test_a_checkpoint_that_lacks_something_is_refused_with_what_it_lacks(tmp_path):
-    torch.save({"model": {}, "config": {}}, tmp_path / "last.pt")
+    save_sound({"model": {}, "config": {}}, tmp_path / "last.pt")
     with pytest.raises(RunError, match="last.pt.*it has no history, optimizer"):
         train_lite.load_checkpoint(tmp_path / "last.pt")
 
@@ -768,7 +769,7 @@ def test_a_run_goes_on_with_what_does_not_shape_it_and_with_a_larger_budget():
 def test_resume_from_elsewhere_takes_that_run_and_no_other_configuration(tmp_path):
     last = tmp_path / "first" / "last.pt"
     last.parent.mkdir()
-    torch.save({"model": {}, "optimizer": {}, "history": [], "config": described()}, last)
+    save_sound({"model": {}, "optimizer": {}, "history": [], "config": described()}, last)
     config = TrainConfig(mt5_path="", resume_from=str(last), output_dir=str(tmp_path / "second"))
     assert train_lite.choose_folder(config, described()) == (tmp_path / "second", last)
     config.output_dir = ""
