@@ -364,7 +364,7 @@ class SignLanguageLite(nn.Module):
             first = min(name for name, *_ in wrong)
             raise DataError(f"the saved weights do not fit the configuration: {first}")
         # strict would miss the stacks' names of the shared table; a sketch has nothing to copy to
-        self.load_state_dict(state, strict=False, assign=self.proj.weight.is_meta)
+        self.load_state_dict(state, strict=False, assign=self.layer_norm.weight.is_meta)
 
     def init_from(self, folder):
         """Start from another run: same-shaped layers are copied, shared pieces keep their rows."""
