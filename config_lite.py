@@ -254,7 +254,8 @@ def set_instead(config):
     # the defaults as they stand in the file, edited or not; both classes have one order of fields
     for plain, own in zip(fields(TrainConfig), fields(config)):
         # an edit does not reach it, and the command line does not set it
-        if plain.default != own.default == getattr(config, own.name):
+        in_force = getattr(config, own.name) == own.default
+        if in_force and own.default != plain.default:
             change = f"{own.name} {own.default!r} (TrainConfig: {plain.default!r})"
             if own.name == "max_steps":  # an edit of epochs does not reach it either
                 change += f" instead of epochs {config.epochs}"
@@ -266,9 +267,10 @@ def _check_fields(config, owner):
     """Type, choices and range of each field; owner is the class whose options say what they are."""
     options = fields(owner)
     # a subclass may set fields, not make new ones: those stand behind the owner's
-    for item in fields(config)[len(options) :]:
+    added = fields(config)[len(options) :]
+    if added:
         raise ConfigError(
-            f"{type(config).__name__}.{item.name}: {owner.__name__} has no field of that name"
+            f"{type(config).__name__}.{added[0].name}: {owner.__name__} has no field of that name"
             "; one of the two is misspelt"
         )
     for item in options:

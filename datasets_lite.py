@@ -888,9 +888,12 @@ def outcome(read, path):
 
 @contextmanager
 def naming(path, what, kind=DataError):
-    """Whatever a file's bytes make Python raise becomes an error that names the file."""
+    """Whatever a file's bytes make Python raise becomes an error that names the file.
+
+    numpy warns of nothing meanwhile: any numbers may stand there.
+    """
     try:
-        with np.errstate(all="ignore"):  # any numbers may stand there
+        with np.errstate(all="ignore"):
             yield
     except Exception as error:  # of any kind: the bytes are anybody's
         if isinstance(error, (kind, Refused)) and str(path) in str(error):

@@ -61,10 +61,10 @@ def part_features(part):
     """
     xy = part[..., :2]  # (B, T, V, 2)
     confidence = part[..., 2:]  # (B, T, V, 1)
-    seen = confidence > 0
-    # the first frame has no velocity, so it does not matter that roll puts the last one before it
-    velocity = xy.diff(dim=1, prepend=xy[:, :1])  # (B, T, V, 2)
-    velocity = velocity * (seen & seen.roll(1, dims=1))
+    seen = confidence > 0  # (B, T, V, 1)
+    seen_twice = seen[:, 1:] & seen[:, :-1]  # (B, T - 1, V, 1)
+    velocity = torch.zeros_like(xy)  # (B, T, V, 2); the first frame has none
+    velocity[:, 1:] = xy.diff(dim=1) * seen_twice
     return torch.cat([xy, confidence, velocity], dim=-1).flatten(2)  # (B, T, 5 V)
 
 
@@ -189,7 +189,7 @@ class SignLanguageLite(nn.Module):
     def _init_weights(self):
         """New linear layers start at Glorot's scale with zero biases, as in the original."""
         for layer in [*self.pose_embed.values(), self.fusion, self.proj, self.gloss_head]:
-            if layer:  # without CTC there is no gloss_head
+            if layer is not None:  # without CTC there is no gloss_head
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
         nn.init.constant_(self.layer_norm.weight, 0.5)  # at 1 the poses drown the position, RMS 0.7
@@ -232,7 +232,7 @@ class SignLanguageLite(nn.Module):
                 ": sample it down (sample_frames does)"
             )
 
-        # joints -> one vector a part; both hands in one call, since they share the layer
+        # joints -> one vector a part; both hands (B, T, 108) in one call: they share the layer
         left = hand_features(src_input["left"], body[:, :, LEFT_WRIST], mirror=True)
         right = hand_features(src_input["right"], body[:, :, RIGHT_WRIST], mirror=False)
         hands = self.pose_embed["hand"](torch.cat([left, right]))  # (2 B, T, d_model)
@@ -466,7 +466,7 @@ class TextCodec:
         # normalised here, too: transformers' own normaliser leaves what is written in two marks
         ids = self.tokenizer(normalise(text)).input_ids
         for piece in self.tokenizer.convert_ids_to_tokens(ids):
-            spelled = [piece] if piece in self.row else piece  # '▁' among its characters
+            spelled = [piece] if piece in self.row else list(piece)  # '▁' among its characters
             rows += [self.row.get(part, self.unknown) for part in spelled]
         return rows
 

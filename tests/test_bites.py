@@ -1526,3 +1526,55 @@ def test_every_parameter_is_stepped_and_every_rate_is_one(clips):
     still = [name for name, p in run.model.named_parameters() if torch.equal(p, before[name])]
     assert not still, still
     assert len({scheduler.get_last_lr()[0] for scheduler in run.schedulers}) == 1
+
+
+# ------------------------------------------------------------ small promises
+
+
+def test_epochs_may_be_none_where_steps_are_the_budget():
+    assert TrainConfig(epochs=0, max_steps=5).max_steps == 5
+    with pytest.raises(ConfigError, match="epochs is 0: it must be 1 or more where max_steps is 0"):
+        TrainConfig(epochs=0, max_steps=0)
+
+
+def test_a_gloss_given_as_a_text_is_one_gloss(clips):
+    texts = [labelled["text"] for labelled in clips.entries]
+    model = SignLanguageLite(scratch_config(ctc_weight=0.5), texts, glosses=["HAUS", "AUTO"])
+    assert model.glosses == ["AUTO", "HAUS"]
+
+
+def test_a_default_with_a_percent_sign_is_shown_as_it_is(monkeypatch, capsys):
+    monkeypatch.setattr(TrainConfig.__dataclass_fields__["log_dir"], "default", "/100%data")
+    with pytest.raises(SystemExit):
+        train_lite.make_parser("train").parse_args(["--help"])
+    assert "(default: '/100%data')" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_gone_is_an_error_that_names_the_file(tmp_path):
+    with pytest.raises(RunError, match="could not write .*gone/x.json"):
+        train_lite.write_whole(tmp_path / "gone" / "x.json", "{}")
+
+
+def test_another_runs_damaged_checkpoint_is_passed_by(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    other = tmp_path / "checkpoints" / "data"
+    other.mkdir(parents=True)
+    (other / "last.pt").write_bytes(b"damaged")
+    (other / "config.json").write_text(json.dumps(described()))
+    config = TrainConfig(mt5_path="", data_dir="data")
+    folder, last = train_lite.choose_folder(config, described(weight_decay=0.5))
+    assert folder == Path("checkpoints", "data-2") and last is None
+
+
+@pytest.mark.parametrize("gpu, backend", [(False, "gloo"), (True, "nccl")])
+def test_processes_speak_over_what_their_device_has(monkeypatch, gpu, backend):
+    """torch by itself takes nccl wherever the machine has a GPU, used or not."""
+    asked = []
+    monkeypatch.setattr(
+        train_lite.dist, "init_process_group", lambda name=None, **_: asked.append(name)
+    )
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    train_lite.find_place(scratch_config(device="cuda" if gpu else "cpu"))
+    assert asked == [backend]

@@ -31,6 +31,7 @@ TRAIN = "tests/test_train.py -k "
 # file -> tests -> [(text, what stands in its place)]; a third item is the reason why it may survive
 TABLE = {
     "config_lite.py": {
+        BITES + "epochs_may": [("if not self.epochs and not self.max_steps:", "if False:")],
         BITES + "defaults": [
             ("batch_size: int = option(2,", "batch_size: int = option(1,"),
             ("accumulation: int = option(16,", "accumulation: int = option(8,"),
@@ -209,6 +210,7 @@ TABLE = {
         ],
     },
     "models_lite.py": {
+        BITES + "given_as_a_text": [("[gloss] if isinstance(gloss, str) else gloss", "gloss")],
         BITES + "own_wrist": [
             ("body[:, :, LEFT_WRIST], mirror=True", "body[:, :, RIGHT_WRIST], mirror=True"),
             ("body[:, :, RIGHT_WRIST], mirror=False", "body[:, :, LEFT_WRIST], mirror=False"),
@@ -235,8 +237,8 @@ TABLE = {
             ("F.pad(x * real,", "F.pad(x,"),
         ],
         MODELS + "velocity": [
-            ("seen & seen.roll(", "seen | seen.roll("),
-            ("prepend=xy[:, :1]", "append=xy[:, -1:]"),
+            ("seen[:, 1:] & seen[:, :-1]", "seen[:, 1:] | seen[:, :-1]"),
+            ("velocity[:, 1:] = xy", "velocity[:, :-1] = xy"),
         ],
         BITES + "glorots": [
             ("nn.init.xavier_uniform_(layer.weight)", "pass"),
@@ -468,6 +470,15 @@ TABLE = {
             ('values["device"] = "auto"', "pass"),
         ],
         BITES + "lock_that_is": [('folder / ".lock", "a")', 'folder / ".lock", "w")')],
+        BITES + "percent": [('.replace("%", "%%")', "")],
+        BITES + "is_gone": [(" if path.parent.is_dir() else 0", "")],
+        BITES + "speak_over": [('if device.type == "cuda" else "gloo"', "")],
+        BITES + "passed_by": [
+            (
+                'saved = json.loads(described.read_text(encoding="utf-8"))',
+                'saved = load_checkpoint(last)["config"]',
+            )
+        ],
         BITES + "working_folder": [("{Path(os.path.abspath(base)).name}-", "{base.name}-")],
         BITES + "rate_ends": [("if run.step + 1 < run.total_steps:", "if True:")],
         BITES + "muon": [
