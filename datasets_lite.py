@@ -151,13 +151,10 @@ def parse_json(path, raw):
             f"{path}: a table, or other text that is no JSON (it begins {text[:40]!r}): write "
             '{name: {"text": ..., "gloss": [...]}}'
         )
-    try:
-        return json.loads(text, object_pairs_hook=once)
-    except json.JSONDecodeError:
-        lines = text.split("\n")  # not splitlines: a text may hold U+2028
-        if len(lines) < 2 or text[0] == "[":
-            raise
-        return [json.loads(line, object_pairs_hook=once) for line in lines if line.strip()]
+    # an object a line: as a list of them; within a text no line ends like this
+    text = re.sub(r"}\s*\n\s*{", "},\n{", text)
+    values = json.loads(f"[{text}]", object_pairs_hook=once)
+    return values[0] if len(values) == 1 else values
 
 
 def refuse_known(path, raw):
@@ -203,8 +200,6 @@ def make_entry(path, key, entry):
         gloss = []
     elif isinstance(gloss, str):
         gloss = gloss.split()
-    elif isinstance(gloss, Stored):
-        gloss = np.asarray(gloss).tolist()
     # anything else would be counted, or read letter by letter
     if not isinstance(gloss, (list, tuple)) or not all(isinstance(word, str) for word in gloss):
         found = reprlib.repr(gloss)
@@ -400,13 +395,12 @@ class SignLanguageDataset(Dataset):
         # the pose as named, then its name and the entry's with each ending
         stems = [entry["pose"], ENDING.sub("", entry["pose"]), VIDEO.sub("", entry["name"])]
         folder = self.label_path.parent / "pose_format"
-        for stem, ending in product(stems, ("", ".pkl", ".npz", ".pose")):
-            name = stem + ending
-            apart = unicodedata.normalize("NFD", name)  # as macOS writes it
-            for spelled in (name, unicodedata.normalize("NFC", name), apart):
-                # False, too, for what can be no file's name
-                if os.path.isfile(folder / spelled) and not leads_out(name):
-                    return folder / spelled
+        forms = ("NFC", "NFD")  # as most write it, as macOS does
+        for stem, ending, form in product(stems, ("", ".pkl", ".npz", ".pose"), forms):
+            name = unicodedata.normalize(form, stem + ending)
+            # False, too, for what can be no file's name
+            if os.path.isfile(folder / name) and not leads_out(name):
+                return folder / name
         return folder / entry["pose"]
 
     def _inspect_all(self):
@@ -498,11 +492,11 @@ def inspect_clip(path):
     if (seen & (x == 0) & (y == 0))[:, USED].any():
         odd.append("joints at exactly (0, 0) with a high score: score them 0 where they are unseen")
     # frames in which the wrists lie the other way round than the shoulders; crossed arms are brief
-    both = keypoints[seen[:, [5, 6, 9, 10]].all(1)]  # (frames that show them, 133, 2)
-    shoulders = both[:, 5] - both[:, 6]  # (frames, 2)
-    wrists = both[:, 9] - both[:, 10]
-    across = (shoulders * wrists).sum(1) < 0  # (frames,)
-    if len(both) > 0.5 * len(seen) and across.mean() > 0.8:
+    shoulders = keypoints[:, 5] - keypoints[:, 6]  # (T, 2)
+    wrists = keypoints[:, 9] - keypoints[:, 10]
+    across = (shoulders * wrists).sum(1) < 0  # (T,)
+    across &= seen[:, [5, 6, 9, 10]].all(1)
+    if across.mean() > 0.6:
         odd.append("each wrist beside the other shoulder: are left and right exchanged?")
     return ClipReport(
         len(seen),
@@ -725,16 +719,14 @@ def all_frames(value, field, path):
     """
     if isinstance(value, (list, tuple)):
         # None and an empty list are a frame with nobody
-        frames = [np.asarray([] if frame is None else frame) for frame in value]
-        shown = [frame.shape for frame in frames if frame.size]
-        if shown and len({frame.shape for frame in frames}) > 1:  # persons come and go
-            # axes of one person: (133, 2), or (133,) for bare scores
-            axes = 1 if field == "scores" and shown[0][-1] == JOINTS else 2
-            person = shown[0][-axes:]
-            nobody = np.zeros((1, *person))
-            people = [frame if frame.size else nobody for frame in frames]
-            frames = [frame.reshape(-1, *person)[0] for frame in people]
-        value = np.stack(frames)
+        value = [np.asarray([] if frame is None else frame) for frame in value]
+        if len({frame.shape for frame in value}) > 1:  # persons come and go
+            shape = max(value, key=np.size).shape
+            # of one person: (133, 2), or (133,) for bare scores
+            person = shape[-1:] if shape[-1] == JOINTS else shape[-2:]
+            # the first one, or, behind all, nobody
+            nobody = np.zeros(person)
+            value = [np.append(frame, nobody).reshape(-1, *person)[0] for frame in value]
     # now with every axis; what is found is said as it stood there
     array = np.asarray(value)
     found = f"dtype {array.dtype}, shape {array.shape}"
@@ -762,37 +754,30 @@ def read_pose_format(path, raw):
     Joints are found by their names (COCO-WholeBody, MediaPipe Holistic, OpenPose); those that the
     header lacks are unseen.
     """
-    try:
+    with naming(path, ".pose files need a package: pip install pose-format"):
         from pose_format import Pose
-    except ImportError:
-        raise DataError(f"{path}: .pose files need a package: pip install pose-format") from None
     pose = Pose.read(raw)
     body = dict(zip(POSE_FORMAT_BODY.split(), BODY))
-    joints = []  # ours, for each point of the file; None: a point that is not read
+    joints = []  # ours, for each point of the file; one too many: a point that is not read
     for component in pose.header.components:
         kind = component.name.lower()
-        names = [
-            point.lower().replace("_", "").replace("left", "l").replace("right", "r")
-            for point in component.points
-        ]
+        names = [re.sub("_|eft|ight", "", point.lower()) for point in component.points]
         if "hand" in kind and len(names) == len(LEFT):
             joints += LEFT if "left" in kind else RIGHT
         elif "world" in kind:  # the body again, in metres
-            joints += [None] * len(names)
+            joints += [JOINTS] * len(names)
         else:
-            joints += [body.get(name) for name in names]
-    found = [joint for joint in USED if joint in joints]
-    if not {5, 6, LEFT[0], RIGHT[0]}.issubset(found):
+            joints += [body.get(name, JOINTS) for name in names]
+    if not {5, 6, LEFT[0], RIGHT[0]}.issubset(joints):
         names = ", ".join(component.name for component in pose.header.components)
         raise DataError(f"{path}: its header has no shoulders or not both hands, only {names}")
-    places = [joints.index(joint) for joint in found]
-    data = np.asarray(pose.body.data)[:, 0, places, :2]  # (T, joints, 2), the first person
-    # pixels -> 0..1
+    # the first person; pixels -> 0..1
     size = pose.header.dimensions
-    clip = np.zeros((len(data), JOINTS, 3))
-    clip[:, found, :2] = data / [size.width, size.height]
-    clip[:, found, 2] = np.asarray(pose.body.confidence)[:, 0, places]
-    return {"keypoints": clip}
+    places = np.asarray(pose.body.data)[:, 0, :, :2]  # (T, points, 2)
+    clip = np.zeros((len(places), JOINTS + 1, 3))
+    clip[:, joints, :2] = places / [size.width, size.height]
+    clip[:, joints, 2] = np.asarray(pose.body.confidence)[:, 0]
+    return {"keypoints": clip[:, :JOINTS]}
 
 
 def in_pixels(keypoints, scores):
@@ -944,19 +929,20 @@ class Stored:
         self.state = state
 
     def __array__(self, dtype=None, copy=None):
-        if hasattr(self, "state"):
-            _, shape, kind, in_columns, data = self.state
-            order = "F" if in_columns else "C"
-        else:  # protocol 5
-            data, kind, shape, order = self.given
-        code = kind.state[1] + kind.given[0]  # byte order, and what an element is
-        if np.dtype(code).kind not in "biufSU":
-            raise Refused(f"an array of dtype {code}")
-        return np.frombuffer(data, code).reshape(shape, order=order)
+        _, shape, kind, in_columns, data = self.state
+        return plain_array(data, kind, shape, "F" if in_columns else "C")
 
 
-def stored_scalar(kind, data):
-    return np.asarray(Stored(data, kind, (), "C"))[()]
+def plain_array(data, kind, shape, order):
+    """An array from its bytes and what its dtype was pickled from; protocol 5 writes just these."""
+    code = kind.state[1] + kind.given[0]  # byte order, and what an element is
+    if np.dtype(code).kind not in "biufSU":
+        raise Refused(f"an array of dtype {code}")
+    return np.frombuffer(data, code).reshape(shape, order=order)
+
+
+def plain_number(kind, data):
+    return plain_array(data, kind, (), "C")[()]
 
 
 def encode_latin1(text, encoding):
@@ -971,8 +957,8 @@ class SafeUnpickler(pickle.Unpickler):
         "numpy.ndarray": Stored,
         "numpy.dtype": Stored,
         "numpy.core.multiarray._reconstruct": Stored,
-        "numpy.core.multiarray.scalar": stored_scalar,
-        "numpy.core.numeric._frombuffer": Stored,
+        "numpy.core.multiarray.scalar": plain_number,
+        "numpy.core.numeric._frombuffer": plain_array,
         "_codecs.encode": encode_latin1,
         "builtins.bytearray": bytearray,
         "builtins.set": set,
