@@ -119,8 +119,9 @@ def read_labels(path):
         try:
             with naming(path, f"entry {key!a} is malformed"):
                 if not isinstance(entry, dict):
-                    found = type(entry).__name__
-                    raise DataError(f"{path}: entry {key} is a {found}, no dict with name and text")
+                    raise DataError(
+                        f"{path}: entry {key} is no dict with name and text: {reprlib.repr(entry)}"
+                    )
                 if isinstance(data, list):
                     # by its pose, with the folder: many clips may come from one video
                     key = ENDING.sub("", pose_name(entry, entry.get("video") or key))
@@ -192,8 +193,9 @@ def make_entry(path, key, entry):
     where = f"{path}: entry {key}"
     text = entry.get("text")
     if not isinstance(text, str) or not normalise(text):
-        found = reprlib.repr(text)
-        raise DataError(f"{where} has no text (found {found}); give it one or remove the entry")
+        raise DataError(
+            f"{where} has no text (found {reprlib.repr(text)}); give it one or remove the entry"
+        )
     # words in a list, or in one text with spaces; none = gloss-free
     gloss = entry.get("gloss")
     if gloss is None:
@@ -202,8 +204,7 @@ def make_entry(path, key, entry):
         gloss = gloss.split()
     # anything else would be counted, or read letter by letter
     if not isinstance(gloss, (list, tuple)) or not all(isinstance(word, str) for word in gloss):
-        found = reprlib.repr(gloss)
-        raise DataError(f"{where} has glosses {found}, a list of words was expected")
+        raise DataError(f"{where} has glosses {reprlib.repr(gloss)}, a list of words was expected")
     name = str(entry.get("name") or key)
     pose = pose_name(entry, key)
     # a label must not make the loader read any file of the machine
@@ -219,10 +220,10 @@ def leads_out(name):
 
 
 def first_five(lines):
-    shown = [f"  {line}" for line in lines[:5]]
+    shown = lines[:5]
     if len(lines) > 5:
-        shown.append(f"  ... and {len(lines) - 5} more")
-    return "\n".join(shown)
+        shown.append(f"... and {len(lines) - 5} more")
+    return "  " + "\n  ".join(shown)
 
 
 # ------------------------------------------------------------------------------- joints -> parts
@@ -312,12 +313,10 @@ class SignLanguageDataset(Dataset):
         self.label_path = Path(label_path)
         self.encode = None
         # labels, then poses: what is wrong is said before a model is built
-        faulty = []  # entries, then clips
-        self.entries = list(load_dataset_file(label_path, faulty).values())
-        for entry in self.entries:
-            entry["path"] = self._find(entry)
-        self._inspect_all()  # gives each entry its report
-        self._drop_bad(faulty, problems)
+        bad = []  # entries, then clips
+        self.entries = load_dataset_file(label_path, bad).values()
+        self._inspect_all(bad)  # keeps the sound ones, each with its path and report
+        self._refuse_bad(bad, problems)
         self.begin_epoch(0)
 
     def __len__(self):
@@ -342,30 +341,26 @@ class SignLanguageDataset(Dataset):
             # from seed, epoch and clip alone, so the same whatever process draws it
             rng = np.random.default_rng([self.config.seed, self.epoch, index])
         entry = self.entries[index]
-        digest = entry["report"].digest
-        return read_clip(entry["path"], self.config, rng, self.frames[index], digest)
-
-    @property
-    def lengths(self):
-        """Frames of each clip in this epoch, without partners: by these batches are sorted."""
-        # with them, batches that are all joined, or all not, learn less
-        return np.minimum(self.frames, self.config.max_length)
+        frames = self.frames[index]
+        return read_clip(entry["path"], self.config, rng, frames, entry["report"].digest)
 
     def begin_epoch(self, epoch):
         """Draw each clip's speed, and which are joined."""
         self.epoch = epoch
         self.frames = np.array([entry["report"].frames for entry in self.entries])
         self.partners = [()] * len(self)  # the clip that is played after this one, if any
-        if self.phase != "train" or not self.config.augment:
-            return
-        rng = np.random.default_rng([self.config.seed, epoch])
-        # as often faster as slower
-        factors = 1.25 ** rng.uniform(-1, 1, len(self))
-        self.frames = (self.frames * factors).round().astype(int).clip(4)
-        # sentences that nobody signed: a sign must be found wherever it stands
-        for index, other in enumerate(rng.permutation(len(self)).tolist()):
-            if self._fit(index, other) and rng.random() < self.config.join:
-                self.partners[index] = (other,)
+        if self.phase == "train" and self.config.augment:
+            rng = np.random.default_rng([self.config.seed, epoch])
+            # as often faster as slower
+            factors = 1.25 ** rng.uniform(-1, 1, len(self))
+            self.frames = (self.frames * factors).round().astype(int).clip(4)
+            # sentences that nobody signed: a sign must be found wherever it stands
+            for index, other in enumerate(rng.permutation(len(self)).tolist()):
+                if self._fit(index, other) and rng.random() < self.config.join:
+                    self.partners[index] = (other,)
+        # by these batches are sorted; with the partners' frames, batches that are all joined, or
+        # all not, would learn less
+        self.lengths = np.minimum(self.frames, self.config.max_length)
 
     def _fit(self, index, other):
         """Whether two clips can be joined: nothing to be cut, and glosses for both or none."""
@@ -403,53 +398,57 @@ class SignLanguageDataset(Dataset):
                 return folder / name
         return folder / entry["pose"]
 
-    def _inspect_all(self):
-        """Inspect each file, or take what an earlier run found for the same size and time."""
+    def _inspect_all(self, bad):
+        """Inspect each file, or take what an earlier run found for the same size and time.
+
+        What is unusable goes to the list of bad ones.
+        """
         folder = self.config.output_dir
         cache = Path(folder, f"clips_{self.label_path.name}.json")
         reports = {}
         if folder:
             # none yet, or one that another version wrote: it only saves time
-            with suppress(OSError, ValueError, TypeError, AttributeError):
-                known = json.loads(cache.read_text())
-                reports = {key: ClipReport(**report) for key, report in known.items()}
-        keys = [file_key(entry["path"]) for entry in self.entries]
+            with suppress(Exception):
+                for key, report in json.loads(cache.read_text()).items():
+                    reports[key] = ClipReport(**report)
         todo = {}
-        for key, entry in zip(keys, self.entries):
+        for entry in self.entries:
+            path = self._find(entry)
+            # what tells that a file has changed
+            key = str(path)
+            if os.path.isfile(path):
+                stat = path.stat()
+                key = f"{path} {stat.st_size} {stat.st_mtime_ns}"
+            entry.update(path=path, key=key)
             if key not in reports:
-                todo[key] = entry["path"]
+                todo[key] = path
         found = guarded(inspect_clip, list(todo.values()), os.cpu_count())
         bar = tqdm(found, f"reading {self.label_path.name}", len(todo), leave=False, disable=None)
-        for key, report in zip(todo, bar):
+        reports.update(zip(todo, bar))
+        sound = {}  # without what could not be read: it may be mended, or there, the next time
+        for entry in self.entries:
+            report = reports[entry["key"]]
             if isinstance(report, DataError):
-                report = ClipReport(problem=str(report))
-            reports[key] = report
-        for entry, key in zip(self.entries, keys):
-            entry["report"] = reports[key]
+                bad.append(f"{entry['name']}: {report}")
+                continue
+            entry["report"] = report
+            sound[entry["key"]] = report._asdict()
+        self.entries = [entry for entry in self.entries if "report" in entry]
         if folder and todo:
-            # what could not be read may be mended, or there, the next time
-            sound = {key: reports[key]._asdict() for key in keys if not reports[key].problem}
             cache.parent.mkdir(parents=True, exist_ok=True)
             cache.write_text(json.dumps(sound))
 
-    def _drop_bad(self, bad, problems):
-        """Leave out what is bad, or refuse the set, as on_bad_clip says; problems takes names."""
-        usable = []
-        for entry in self.entries:
-            problem = entry["report"].problem
-            if problem:
-                bad.append(f"{entry['name']}: {problem}")
-            else:
-                usable.append(entry)
-        self.entries = usable
+    def _refuse_bad(self, bad, problems):
+        """Refuse the set, or do without what is bad, as on_bad_clip says; problems takes names."""
         # all are named, the first five on the screen
-        found = f"{self.label_path}: {len(bad)} of {len(bad) + len(usable)} clips are unusable"
+        found = f"{self.label_path}: {len(bad)} of {len(bad) + len(self)} clips are unusable"
         message = f"{found}:\n{first_five(bad)}"
         if problems is not None:
             problems += bad
-        elif bad and (self.config.on_bad_clip == "error" or not usable):
-            advice = "mend or remove them, or leave them out with --on_bad_clip skip"
-            raise DataError(f"{message}\n{advice}")
+        elif bad and (self.config.on_bad_clip == "error" or not self.entries):
+            raise DataError(
+                f"{message}\nmend or remove them, or leave them out with --on_bad_clip skip"
+            )
         elif bad:
             print(f"{message}\nleft out, as on_bad_clip says")
             if self.config.output_dir:
@@ -470,7 +469,6 @@ class ClipReport(NamedTuple):
     in_pixels: bool = False  # still, where load_pose_file had no w_h to divide by
     digest: str = ""  # of the file's contents
     odd: tuple = ()  # what looks wrong, for `check`
-    problem: str = ""  # why the clip cannot be used
 
 
 def inspect_clip(path):
@@ -507,14 +505,6 @@ def inspect_clip(path):
         digest=sha256(raw).hexdigest(),
         odd=odd,
     )
-
-
-def file_key(path):
-    """What tells that a file has changed: path, size and time; the path alone: no file."""
-    if not os.path.isfile(path):
-        return str(path)
-    stat = path.stat()
-    return f"{path} {stat.st_size} {stat.st_mtime_ns}"
 
 
 # ------------------------------------------------------------------------------- clips -> batches
@@ -561,7 +551,7 @@ def sample_frames(frames, max_length, rng=None):
     # where in each even step
     inside = 0.5 if rng is None else rng.random(max_length)
     chosen = (np.arange(max_length) + inside) * (frames / max_length)
-    return np.minimum(chosen.astype(np.int64), frames - 1)
+    return chosen.astype(int).clip(max=frames - 1)
 
 
 @np.errstate(all="ignore")  # any numbers may stand there
@@ -579,8 +569,8 @@ def augment_clip(keypoints, scores, rng, frames=None):
     aspect = rng.uniform(0.9, 1.1)
     turn = np.float32([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     turn[0] *= aspect
-    motion = np.dstack([keypoints, scores])  # (frames, 133, 3)
-    _, extent, _ = crop_scale(motion[:, BODY], THRESHOLD)
+    body = np.dstack([keypoints, scores])[:, BODY]  # (frames, 9, 3)
+    _, extent, _ = crop_scale(body, THRESHOLD)
     noise = rng.standard_normal(keypoints[:, USED].shape, np.float32)
     keypoints = keypoints @ turn  # (frames, 133, 2)
     keypoints[:, USED] += 0.003 * np.float32(extent) * noise
@@ -677,8 +667,9 @@ def parse_pose(path, raw):
             refuse_known(path, raw)
             data = unpickle(raw)
         if not isinstance(data, dict) or "keypoints" not in data:
-            found = reprlib.repr(data)
-            raise DataError(f"{path}: keypoints and scores were expected, found {found}")
+            raise DataError(
+                f"{path}: keypoints and scores were expected, found {reprlib.repr(data)}"
+            )
         keypoints = all_frames(data["keypoints"], "keypoints", path)  # (T, 133, 2 or 3)
         scores = keypoints[..., 2:]
         if "scores" in data:
@@ -781,11 +772,9 @@ def read_pose_format(path, raw):
 
 
 def in_pixels(keypoints, scores):
-    """Whether the median coordinate of the usable joints is beyond what a normalised clip has."""
-    if not (keypoints > 2).any():  # most clips: this look is the quicker one
-        return False
-    seen = seen_joints(keypoints, scores)
-    return bool(seen.any() and np.median(keypoints[seen]) > 2)
+    """Whether most coordinates of the usable joints are beyond what a normalised clip has."""
+    beyond = keypoints[seen_joints(keypoints, scores)] > 2
+    return bool(beyond.sum() > beyond.size / 2)
 
 
 # ------------------------------------------------------------------------------- untrusted files
@@ -818,8 +807,7 @@ def guarded(read, paths, children=1):
             if resource and turn not in readers:
                 readers[turn] = start_reader(read, paths[number::children])
             try:
-                sent = readers[turn][1].recv_bytes() if resource else outcome(read, path)
-                result = pickle.loads(sent)
+                result = readers[turn][1].recv() if resource else outcome(read, path)
             except (EOFError, OSError):  # it ended before a result, or within one
                 _, status = stop_reader(*readers.pop(turn))
                 result = DataError(
@@ -850,7 +838,7 @@ def start_reader(read, paths):
             resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
         for path in paths:
             signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS)  # of CPU; its signal ends the child
-            sink.send_bytes(outcome(read, path))
+            sink.send(outcome(read, path))
     finally:
         os._exit(0)
 
@@ -861,14 +849,14 @@ def stop_reader(child, results):
 
 
 def outcome(read, path):
-    """read(path), or the DataError that it ends in, pickled by our own code."""
+    """read(path), or the DataError that it ends in."""
     try:
         with naming(path, "cannot be read"):
-            sent = pickle.dumps(read(path))
-            check_size(path, len(sent), "unpacks to")
+            result = read(path)
+            check_size(path, len(pickle.dumps(result)), "unpacks to")
+            return result
     except DataError as error:
-        sent = pickle.dumps(error)
-    return sent
+        return error
 
 
 @contextmanager
@@ -1030,8 +1018,8 @@ def make_demo_corpus(data_dir, seed=0, splits=None):
                 clip = demo_clip([signs[word] for word in gloss], rng)
                 (poses / f"{name}.pkl").write_bytes(pickle.dumps(clip))
                 labels[name] = {"name": name, "gloss": gloss, "text": text}
-            packed = gzip.compress(pickle.dumps(labels), mtime=0)
-            (corpus / f"labels.{split}").write_bytes(packed)
+            path = corpus / f"labels.{split}"
+            path.write_bytes(gzip.compress(pickle.dumps(labels), mtime=0))
         # whole or not at all
         os.replace(corpus, data_dir)
     return data_dir
@@ -1082,9 +1070,9 @@ def demo_clip(signs, rng):
     points[:, 9:11] = wrists
     points[:, 7:9] = (DEMO_HEAD[5:] + wrists) / 2 - 0.25  # elbows
     fingers = (hands[..., 1:2] * hands[..., 2:] * DEMO_FAN)[..., None]  # (T, 2, 5, 1)
-    fingers = (fingers * 0.08 * np.arange(1, 5)).reshape(-1, 2, 20)  # (T, 2, 20)
-    palms = hands[..., :1]  # (T, 2, 1)
-    points[:, 91:] = np.dstack([palms, palms + fingers]).reshape(-1, 42)  # (T, 42)
+    fingers = (fingers * 0.08 * np.arange(1, 5)).reshape(-1, 40)  # (T, 40)
+    points[:, 91:] = wrists.repeat(21, 1)  # (T, 42)
+    points[:, LEFT[1:] + RIGHT[1:]] += fingers
 
     # the signer's size, tilt, place and aspect; the detector's noise
     size = rng.uniform(0.14, 0.26)

@@ -2024,7 +2024,6 @@ def test_real_pose_files_are_read_frame_by_frame(name):
     keypoints, scores = load_pose_file(path)
     assert keypoints.shape == (REAL_POSES[name], 133, 2)
     report = datasets_lite.inspect_clip(path)
-    assert not report.problem
     assert not report.odd
     assert read_clip(path, scratch_config())["body"].any()
 

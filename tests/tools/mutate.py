@@ -115,7 +115,7 @@ TABLE = {
             ("([self.config.seed, epoch])", "([epoch])"),
             ("uniform(-1, 1, len(self))", "uniform(-1, 1, 1)"),
             ("uniform(-1, 1, len(self))", "uniform(-0.5, 1, len(self))"),
-            ('self.phase != "train" or not self.config.augment', "self.config.augment"),
+            ('self.phase == "train" and self.config.augment:', "not self.config.augment:"),
             ("1.25 ** rng.uniform(-1, 1,", "rng.uniform(0.8, 1.25,"),
         ],
         BITES + "tilts": [
@@ -147,7 +147,7 @@ TABLE = {
             ("rng.permutation(len(self)).tolist()):", "range(len(self))):"),
         ],
         DATASETS + "left_out_and_listed": [
-            ("usable.append(entry)", "usable.append(entry)\n            usable.append(entry)"),
+            ('if "report" in entry]', 'if "report" in entry] * 2'),
         ],
         BITES + "one_size_and_time": [
             ("{path} {stat.st_size} {stat.st_mtime_ns}", "{stat.st_size} {stat.st_mtime_ns}"),
@@ -170,13 +170,15 @@ TABLE = {
             ("[LEFT[0], RIGHT[0]]].any(1)", "[LEFT[0], RIGHT[0]]].all(1)"),
             ("(~finite[:, USED])", "(~finite)"),
             ("np.isfinite(x + y + scores)", "np.isfinite(x + y)"),
-            ("np.median(keypoints[seen]) > 2", "np.median(keypoints[seen]) > 2000"),
+            ("keypoints[seen_joints(keypoints, scores)] > 2", "keypoints > 2000"),
         ],
         BITES + "size_limit": [
             ("if size > MAX_BYTES:", "if size > MAX_BYTES + 1:"),
             ("if size > MAX_BYTES:", "if size >= MAX_BYTES:"),
         ],
-        BITES + "unpacks_to": [("check_size(path, len(sent),", "check_size(path, 0,")],
+        BITES + "unpacks_to": [
+            ("check_size(path, len(pickle.dumps(result)),", "check_size(path, 0,")
+        ],
         BITES + "every_core": [
             ("list(todo.values()), os.cpu_count())", "list(todo.values()), 1)"),
             ("turn = number % children", "turn = 0"),
