@@ -103,7 +103,7 @@ def read_labels(path):
         if raw.startswith(b"\x1f\x8b"):  # gzip's first bytes
             raw = gzip.decompress(raw)
         refuse_known(path, raw)
-        if raw.startswith((b"\x80", b"(", b"}", b"]", b"c")):  # a pickle's, of any protocol
+        if re.match(rb"[\x80(}\]c]", raw):  # a pickle's, of any protocol
             data = unpickle(raw)
         else:
             data = parse_json(path, raw)
@@ -147,7 +147,7 @@ def parse_json(path, raw):
 
     # Notepad's mark goes
     text = raw.decode("utf-8-sig").strip()
-    if not text.startswith(("{", "[")):
+    if not re.match(r"[{\[]", text):
         raise DataError(
             f"{path}: a table, or other text that is no JSON (it begins {text[:40]!r}): write "
             '{name: {"text": ..., "gloss": [...]}}'
@@ -479,7 +479,7 @@ def inspect_clip(path):
     # counts for the report of `check`
     seen = seen_joints(keypoints, scores)  # (T, 133)
     x, y = np.moveaxis(keypoints, -1, 0)  # (T, 133) each
-    finite = np.isfinite(x + y + scores)  # (T, 133)
+    not_finite = ~np.isfinite(x + y + scores)  # (T, 133)
     has_hand = seen[:, [LEFT[0], RIGHT[0]]].any(1)  # (T,): by the hands' first joints
     # what looks wrong, each with what to do
     odd = []
@@ -500,7 +500,7 @@ def inspect_clip(path):
         len(seen),
         *(100 * (~seen[:, joints]).mean() for joints in PARTS.values()),
         no_hand=100 * (~has_hand).mean(),
-        not_finite=int((~finite[:, USED]).sum()),
+        not_finite=int(not_finite[:, USED].sum()),
         in_pixels=in_pixels(keypoints, scores),
         digest=sha256(raw).hexdigest(),
         odd=odd,

@@ -168,7 +168,7 @@ TABLE = {
         BITES + "clip_is_counted": [
             ("seen = seen_joints(keypoints, scores)  # (T, 133)", "seen = scores > THRESHOLD"),
             ("[LEFT[0], RIGHT[0]]].any(1)", "[LEFT[0], RIGHT[0]]].all(1)"),
-            ("(~finite[:, USED])", "(~finite)"),
+            ("not_finite[:, USED].sum()", "not_finite.sum()"),
             ("np.isfinite(x + y + scores)", "np.isfinite(x + y)"),
             ("keypoints[seen_joints(keypoints, scores)] > 2", "keypoints > 2000"),
         ],
