@@ -494,7 +494,7 @@ def inspect_clip(path):
     wrists = keypoints[:, 9] - keypoints[:, 10]
     across = (shoulders * wrists).sum(1) < 0  # (T,)
     across &= seen[:, [5, 6, 9, 10]].all(1)
-    if across.mean() > 0.6:
+    if across.mean() > 0.8:
         odd.append("each wrist beside the other shoulder: are left and right exchanged?")
     return ClipReport(
         len(seen),
