@@ -217,8 +217,9 @@ class ScratchConfig(TrainConfig):
 
     # a vocabulary learnt from the texts, an mT5 of d_model and num_layers
     mt5_path: str = ""
-    batch_size: int = 32
-    gradient_accumulation: int = 1
+    # halves of a step: clips that are joined, and single ones, each with little padding
+    batch_size: int = 16
+    gradient_accumulation: int = 2
     # steps stay steps at a third of the data
     max_steps: int = 600
     learning_rate: float = 1e-3

@@ -323,48 +323,47 @@ class SignLanguageDataset(Dataset):
         return len(self.entries)
 
     def __getitem__(self, index):
-        clips = [index, *self.partners[index]]
-        entries = [self.entries[clip] for clip in clips]
-        poses = [self._load_pose(clip) for clip in clips]
-        joined = {}
+        clips = [self._one_clip(clip) for clip in (index, *self.partners[index])]
+        names, poses, texts, glosses = zip(*clips)
+        pose = {}
         for part in PARTS:
-            joined[part] = torch.cat([pose[part] for pose in poses])  # (T, V, 3)
+            pose[part] = torch.cat([one[part] for one in poses])  # (T, V, 3)
         between = "" if self.config.language in NO_SPACES else " "
-        text = between.join(entry["text"] for entry in entries)
-        gloss = sum((entry["gloss"] for entry in entries), [])
-        name = " + ".join(entry["name"] for entry in entries)
-        return name, joined, text, gloss
+        return " + ".join(names), pose, between.join(texts), sum(glosses, [])
 
-    def _load_pose(self, index):
+    def _one_clip(self, index):
         rng = None
         if self.phase == "train":
             # from seed, epoch and clip alone, so the same whatever process draws it
             rng = np.random.default_rng([self.config.seed, self.epoch, index])
         entry = self.entries[index]
-        frames = self.frames[index]
-        return read_clip(entry["path"], self.config, rng, frames, entry["report"].digest)
+        digest = entry["report"].digest
+        pose = read_clip(entry["path"], self.config, rng, self.lengths[index], digest)
+        return entry["name"], pose, entry["text"], entry["gloss"]
 
     def begin_epoch(self, epoch):
         """Draw each clip's speed, and which are joined."""
         self.epoch = epoch
-        self.frames = np.array([entry["report"].frames for entry in self.entries])
-        self.partners = [()] * len(self)  # the clip that is played after this one, if any
+        # frames in which each clip is played, and the clip that follows it, if any
+        self.lengths = np.array([entry["report"].frames for entry in self.entries])
+        self.partners = [()] * len(self)
         if self.phase == "train" and self.config.augment:
             rng = np.random.default_rng([self.config.seed, epoch])
             # as often faster as slower
             factors = 1.25 ** rng.uniform(-1, 1, len(self))
-            self.frames = (self.frames * factors).round().astype(int).clip(4)
+            self.lengths = (self.lengths * factors).round().astype(int).clip(4)
             # sentences that nobody signed: a sign must be found wherever it stands
             for index, other in enumerate(rng.permutation(len(self)).tolist()):
                 if self._fit(index, other) and rng.random() < self.config.join:
                     self.partners[index] = (other,)
-        # by these batches are sorted; with the partners' frames, batches that are all joined, or
-        # all not, would learn less
-        self.lengths = np.minimum(self.frames, self.config.max_length)
+        # frames of each item
+        self.totals = self.lengths.copy()
+        for index, others in enumerate(self.partners):
+            self.totals[index] += sum(self.lengths[clip] for clip in others)
 
     def _fit(self, index, other):
         """Whether two clips can be joined: nothing to be cut, and glosses for both or none."""
-        frames = self.frames[index] + self.frames[other]
+        frames = self.lengths[index] + self.lengths[other]
         first = self.entries[index]
         second = self.entries[other]
         # a piece has a character at least
@@ -441,8 +440,8 @@ class SignLanguageDataset(Dataset):
     def _refuse_bad(self, bad, problems):
         """Refuse the set, or do without what is bad, as on_bad_clip says; problems takes names."""
         # all are named, the first five on the screen
-        found = f"{self.label_path}: {len(bad)} of {len(bad) + len(self)} clips are unusable"
-        message = f"{found}:\n{first_five(bad)}"
+        clips = len(bad) + len(self)
+        message = f"{self.label_path}: {len(bad)} of {clips} clips are unusable:\n{first_five(bad)}"
         if problems is not None:
             problems += bad
         elif bad and (self.config.on_bad_clip == "error" or not self.entries):
@@ -555,13 +554,13 @@ def sample_frames(frames, max_length, rng=None):
 
 
 @np.errstate(all="ignore")  # any numbers may stand there
-def augment_clip(keypoints, scores, rng, frames=None):
+def augment_clip(keypoints, scores, rng, frames):
     """keypoints (T, 133, 2), scores (T, 133) -> the same motion in so many frames, seen otherwise.
 
     Tilt up to 10 degrees, aspect up to 10 %, noise of 0.3 % of the body's extent.
     """
     # speed: frames are left out or shown twice
-    chosen = np.linspace(0, len(scores) - 1, frames or len(scores)).round().astype(int)
+    chosen = np.linspace(0, len(scores) - 1, frames).round().astype(int)
     keypoints = keypoints[chosen]  # (frames, 133, 2)
     scores = scores[chosen]
     # tilt and aspect, in one matrix
@@ -588,52 +587,10 @@ def pad_poses(poses):
     for part in PARTS:
         clips = [pose[part] for pose in poses]
         batch[part] = pad_sequence(clips, batch_first=True)  # (B, T, V, 3)
-    ones = [torch.ones(len(pose["body"]), dtype=torch.long) for pose in poses]
-    batch["attention_mask"] = pad_sequence(ones, batch_first=True)  # (B, T)
-    batch["src_length"] = batch["attention_mask"].sum(1)  # (B,)
+    lengths = torch.tensor([len(pose["body"]) for pose in poses])  # (B,)
+    batch["src_length"] = lengths
+    batch["attention_mask"] = (torch.arange(lengths.max()) < lengths[:, None]).long()  # (B, T)
     return batch
-
-
-def longest_first(lengths, batch_size):
-    """Clips in batches of like length, for evaluation; memory fails in the first, not the last."""
-    return cut(by_length(range(len(lengths)), lengths), batch_size)
-
-
-def plan_epoch(lengths, config, epoch, rank=0, world=1):
-    """One process's epoch: [(number among all processes' batches, clips, whether it counts)].
-
-    Batches of like length, in windows: the clips that one optimiser step sees. From seed and epoch
-    alone, pools of 16 windows are sorted by length and cut into windows, which come in random
-    order, a short one last: a step's clips do not depend on how micro-batches and processes divide
-    it. Process `rank` of `world` takes every world-th batch of a window; where that does not come
-    out even, it repeats one that does not count.
-    """
-    rng = np.random.default_rng([config.seed, epoch])
-    size = config.batch_size * config.gradient_accumulation * world  # clips in a window
-    order = rng.permutation(len(lengths)).tolist()
-    whole = len(order) - len(order) % size
-    windows = []
-    for pool in cut(order[:whole], 16 * size):
-        windows += cut(by_length(pool, lengths), size)
-    rng.shuffle(windows)
-    windows.append(by_length(order[whole:], lengths))
-    plan = []
-    number = rank
-    for window in windows:
-        # a turn: one batch for each process
-        for turn in cut(cut(window, config.batch_size), world):
-            counts = rank < len(turn)
-            plan.append((number, turn[rank if counts else -1], counts))
-            number += len(turn)
-    return plan
-
-
-def by_length(clips, lengths):
-    return sorted(clips, key=lambda clip: -lengths[clip])
-
-
-def cut(rows, size):
-    return [rows[begin : begin + size] for begin in range(0, len(rows), size)]
 
 
 # ------------------------------------------------------------------------------- one pose file
@@ -680,14 +637,12 @@ def parse_pose(path, raw):
                 f"{path}: keypoints {keypoints.shape} and scores {scores.shape} do not fit; "
                 "(T, 133, 2) and (T, 133, 1) were expected, or (T, 133, 3), the last the score"
             )
-        start = data.get("start") or 0
+        start = data.get("start")
         end = data.get("end")
-        if end is None:
-            end = len(scores)
         with naming(path, f"start {start!r}, end {end!r} select no frame of {len(scores)}"):
-            keypoints = keypoints[int(start) : int(end), :, :2]  # (T, 133, 2)
-            scores = scores[int(start) : int(end), :, 0]  # (T, 133)
-            if not len(scores) or min(start, end) < 0:
+            keypoints = keypoints[start:end, :, :2]  # (T, 133, 2)
+            scores = scores[start:end, :, 0]  # (T, 133)
+            if not len(scores) or min(start or 0, end or 0) < 0:
                 raise IndexError("out of range")
         # by their values: w_h is on normalised clips, too
         size = data.get("w_h")
@@ -755,10 +710,9 @@ def read_pose_format(path, raw):
         names = [re.sub("_|eft|ight", "", point.lower()) for point in component.points]
         if "hand" in kind and len(names) == len(LEFT):
             joints += LEFT if "left" in kind else RIGHT
-        elif "world" in kind:  # the body again, in metres
-            joints += [JOINTS] * len(names)
         else:
-            joints += [body.get(name, JOINTS) for name in names]
+            # each of the body's once: MediaPipe's header has them again, in metres
+            joints += [body.pop(name, JOINTS) for name in names]
     if not {5, 6, LEFT[0], RIGHT[0]}.issubset(joints):
         names = ", ".join(component.name for component in pose.header.components)
         raise DataError(f"{path}: its header has no shoulders or not both hands, only {names}")
@@ -879,8 +833,6 @@ def naming(path, what, kind=DataError):
                 f"  np.savez('{path.stem}.npz', keypoints=np.float32(data['keypoints']), "
                 "scores=np.float32(data['scores']))"
             ) from None
-        if isinstance(error, PermissionError):
-            what = "this user may not read it"
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise kind(f"{path}: {what} ({reason:.400})") from error
 
@@ -1081,7 +1033,6 @@ def demo_clip(signs, rng):
     keypoints = np.stack([rng.uniform(0.92, 1.08) * points.imag, -points.real], -1)
     keypoints += rng.normal(0, size * rng.uniform(0.004, 0.012), keypoints.shape)
     scores = rng.uniform(0.7, 1.0, points.shape)
-    scores[:, 11:23] = 0.2  # hips and legs are out of the frame
     for joints in (LEFT, RIGHT):
         if rng.random() < 0.3:  # the hand drops out for some frames
             begin = rng.integers(len(points))

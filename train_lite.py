@@ -54,12 +54,10 @@ from datasets_lite import (
     DataError,
     SignLanguageDataset,
     load_dataset_file,
-    longest_first,
     make_demo_corpus,
     naming,
     normalise,
     pad_poses,
-    plan_epoch,
     read_clip,
 )
 from models_lite import SignLanguageLite, find_best, make_codec, mt5_folder
@@ -616,7 +614,8 @@ def make_loader(dataset, batches=None):
     """
     config = dataset.config
     if batches is None:
-        batches = longest_first(dataset.lengths, max(config.batch_size, EVAL_BATCH))
+        clips = by_length(range(len(dataset)), dataset.lengths)
+        batches = cut(clips, max(config.batch_size, EVAL_BATCH))
     return DataLoader(
         dataset,
         batch_sampler=batches,
@@ -732,7 +731,7 @@ def rest_of_epoch(run):
     # order and speeds follow from seed and epoch: an interrupted epoch is the same again
     data = run.data["train"]
     data.begin_epoch(run.epoch)
-    plan = plan_epoch(data.lengths, run.config, run.epoch, run.place.rank, run.place.world)
+    plan = plan_epoch(data, run.config, run.place.rank, run.place.world)
     rest = plan[run.batch :]
     run.net.train()
     batches = iter(make_loader(data, [clips for _, clips, _ in rest]))
@@ -747,6 +746,46 @@ def rest_of_epoch(run):
         yield number, counts, src_input, tgt_input, last
     run.epoch += 1
     run.batch = 0
+
+
+def plan_epoch(data, config, rank=0, world=1):
+    """One process's epoch: [(number among all processes' batches, clips, whether it counts)].
+
+    A window: the clips that one optimiser step sees. From seed and epoch alone, pools of 16 windows
+    are sorted by length and cut into windows, which come in random order, a short one last: a
+    step's clips do not depend on how micro-batches and processes divide it. Within a window joined
+    clips come before single ones: batches are of like length, windows are mixed. Process `rank` of
+    `world` takes every world-th batch of a window; where that does not come out even, it repeats
+    one that does not count.
+    """
+    rng = np.random.default_rng([config.seed, data.epoch])
+    size = config.batch_size * config.gradient_accumulation * world  # clips in a window
+    order = rng.permutation(len(data.lengths)).tolist()
+    whole = len(order) - len(order) % size
+    windows = []
+    for pool in cut(order[:whole], 16 * size):
+        windows += cut(by_length(pool, data.lengths), size)
+    rng.shuffle(windows)
+    windows.append(order[whole:])
+    plan = []
+    number = rank
+    for window in windows:
+        batches = cut(by_length(window, data.totals), config.batch_size)
+        # a turn: one batch for each process
+        for turn in cut(batches, world):
+            counts = rank < len(turn)
+            plan.append((number, turn[rank if counts else -1], counts))
+            number += len(turn)
+    return plan
+
+
+def by_length(clips, lengths):
+    """The longest first."""
+    return sorted(clips, key=lambda clip: -lengths[clip])
+
+
+def cut(rows, size):
+    return [rows[begin : begin + size] for begin in range(0, len(rows), size)]
 
 
 def micro_batch(run, number, counts, src_input, tgt_input, last):

@@ -249,7 +249,7 @@ def test_what_is_set_in_place_of_an_edited_default_is_named(monkeypatch):
     monkeypatch.setattr(TrainConfig.__dataclass_fields__["batch_size"], "default", 8)
     monkeypatch.setattr(TrainConfig.__dataclass_fields__["epochs"], "default", 7)
     line = set_instead(ScratchConfig(epochs=7))
-    assert line.startswith("ScratchConfig sets: batch_size 32 (TrainConfig: 8), ")
+    assert line.startswith("ScratchConfig sets: batch_size 16 (TrainConfig: 8), ")
     assert "max_steps 600 (TrainConfig: 0) instead of epochs 7" in line
     assert "\n" not in line
 

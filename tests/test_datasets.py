@@ -15,6 +15,7 @@ import unicodedata
 import warnings
 from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -44,11 +45,10 @@ from datasets_lite import (
     load_dataset_file,
     load_part_kp,
     load_pose_file,
-    longest_first,
     make_demo_corpus,
-    plan_epoch,
     read_clip,
 )
+from train_lite import cut, plan_epoch
 
 NAN = float("nan")
 INF = float("inf")
@@ -1538,7 +1538,6 @@ def test_a_long_clip_is_sampled_over_its_whole_length(tmp_path, phase):
     dataset = SignLanguageDataset(label, scratch_config(max_length=10), phase)
     wrist = body_of(dataset, 0)[:, BODY.index(9), 0]
     frames = ((wrist + 1) / 2 * 99).round()  # of the ramp's 100
-    assert list(dataset.lengths) == [10, 10]
     assert len(wrist) == 10
     assert (frames.diff() > 0).all(), f"in order: {frames.tolist()}"
     for step, frame in enumerate(frames.tolist()):
@@ -1596,9 +1595,10 @@ def counted_clips(plan):
     return clips
 
 
-def plan_of(size, seed=0, accumulation=1, epoch=0, rank=0, world=1):
+def plan_of(size, seed=0, accumulation=1, epoch=0, rank=0, world=1, totals=LENGTHS):
     config = TrainConfig(batch_size=size, gradient_accumulation=accumulation, seed=seed)
-    return plan_epoch(LENGTHS, config, epoch, rank, world)
+    data = SimpleNamespace(lengths=LENGTHS, totals=totals, epoch=epoch)
+    return plan_epoch(data, config, rank, world)
 
 
 @pytest.mark.parametrize(
@@ -1668,12 +1668,14 @@ def test_batches_of_like_length_waste_less_than_random_ones():
     assert by_length < random / 2, f"{by_length:.0%} padding, {random:.0%} in random batches"
 
 
-def test_evaluation_begins_with_the_longest_clips():
-    batches = longest_first(LENGTHS, 8)
-    assert sorted(sum(batches, [])) == list(range(len(LENGTHS)))
-    assert LENGTHS[batches[0]].max() == LENGTHS.max(), (
-        "memory fails in the first batch, not in the last"
-    )
+def test_within_a_window_joined_clips_and_single_ones_have_batches_of_their_own():
+    joined = np.random.default_rng(3).random(len(LENGTHS)) < 0.5
+    totals = LENGTHS + 1000 * joined  # each longer than any single clip
+    for plain, divided in zip(plan_of(32), cut(plan_of(16, accumulation=2, totals=totals), 2)):
+        clips = sum((batch for _, batch, _ in divided), [])
+        assert sorted(plain[1]) == sorted(clips), "the window is the same"
+        assert list(joined[clips]) == sorted(joined[clips], reverse=True), "joined ones come first"
+        assert list(totals[clips]) == sorted(totals[clips], reverse=True)
 
 
 # ------------------------------------------------------------ what the field writes
@@ -2209,7 +2211,7 @@ def test_joined_clips_are_one_after_another_with_their_texts_and_glosses(tmp_pat
         config.join = 1.0
         dataset.begin_epoch(epoch)
         name, pose, joined_text, gloss = dataset[0]
-        frames = sum(dataset.frames[clip] for clip in (0, *dataset.partners[0]))
+        frames = sum(dataset.lengths[clip] for clip in (0, *dataset.partners[0]))
         assert len(pose["body"]) == len(pose["left"]) == frames
         found.add(name)
         config.join = 0.0
@@ -2260,7 +2262,8 @@ def test_clips_are_joined_in_augmented_training_alone_and_never_beyond_max_lengt
     )
     assert 0 < sum(len(partner) for partner in dataset.partners) < 20
     for index, partner in enumerate(dataset.partners):
-        frames = sum(dataset.frames[clip] for clip in (index, *partner))
+        frames = sum(dataset.lengths[clip] for clip in (index, *partner))
+        assert frames == dataset.totals[index], "by it the clip is sorted"
         assert len(body_of(dataset, index)) == frames <= 60
 
 
@@ -2273,14 +2276,14 @@ def test_an_epochs_lengths_are_those_of_its_augmented_clips(demo):
     dataset = SignLanguageDataset(demo / "labels.train", config, "train")
     for epoch in range(3):
         dataset.begin_epoch(epoch)
-        lengths = dataset.lengths.tolist()
+        totals = [min(frames, 40) for frames in dataset.totals]
         found = [len(body_of(dataset, i)) for i in range(len(dataset))]
-        assert lengths == found, f"epoch {epoch}"
+        assert totals == found, f"epoch {epoch}"
         assert found != [entry["report"].frames for entry in dataset.entries]
         assert max(found) == 40
     dataset.config.augment = False
     dataset.begin_epoch(3)
-    assert list(dataset.lengths) == [min(e["report"].frames, 40) for e in dataset.entries]
+    assert list(dataset.lengths) == [entry["report"].frames for entry in dataset.entries]
 
 
 def test_an_augmented_clip_is_the_same_motion_at_another_tilt_and_speed():

@@ -15,6 +15,7 @@ import sys
 import textwrap
 import unicodedata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,8 +39,6 @@ from config_lite import ConfigError, InferenceConfig, TrainConfig
 from datasets_lite import (
     DataError,
     load_dataset_file,
-    longest_first,
-    plan_epoch,
 )
 from models_lite import SignLanguageLite, TextCodec, train_tokenizer
 from train_lite import Place, Run, RunError, compute_metrics
@@ -52,6 +51,8 @@ TINY = [
     "1",
     "--batch_size",
     "8",
+    "--gradient_accumulation",
+    "1",
     "--num_workers",
     "0",
     "--max_new_tokens",
@@ -146,11 +147,20 @@ def accumulate_one_window(run):
 
 def epoch_plan(run, epoch=0):
     """The epoch's (number, clips, whether it counts)."""
-    return plan_epoch(run.data["train"].lengths, run.config, epoch)
+    run.data["train"].begin_epoch(epoch)
+    return train_lite.plan_epoch(run.data["train"], run.config)
 
 
 def evaluation_loader(dataset, size):
-    return train_lite.make_loader(dataset, longest_first(dataset.lengths, size))
+    clips = train_lite.by_length(range(len(dataset)), dataset.lengths)
+    return train_lite.make_loader(dataset, train_lite.cut(clips, size))
+
+
+def test_evaluation_begins_with_the_longest_clips(clips):
+    batches = train_lite.make_loader(clips).batch_sampler
+    lengths = list(clips.lengths[sum(batches, [])])
+    assert len(lengths) == len(clips)
+    assert lengths == sorted(lengths, reverse=True), "memory fails in the first batch, not the last"
 
 
 def text_scores(predictions, references, language):
@@ -310,7 +320,7 @@ def test_schedule_warms_up_from_the_first_step_and_ends_at_min_lr(clips):
 
 def test_the_loop_steps_the_schedule_at_every_optimiser_step(clips):
     """Not once an epoch, as the original did: what each step ran at, seen from inside the loop."""
-    run = run_of(scratch_model(clips).train(), clips, batch_size=8)
+    run = run_of(scratch_model(clips).train(), clips, batch_size=8, gradient_accumulation=1)
     rates = []
 
     def note_the_rate(optimizer, *_):
@@ -389,7 +399,7 @@ def test_the_last_short_window_is_stepped_and_leaves_no_gradient(clips):
 
 
 def test_a_step_that_is_not_finite_is_skipped_by_name(clips, capsys):
-    run = run_of(scratch_model(clips).train(), clips, batch_size=20)
+    run = run_of(scratch_model(clips).train(), clips, batch_size=20, gradient_accumulation=1)
     before = copied_parameters(run.model)
     run.net = LossIsNotANumber(run.model)
     train_epoch(run)
@@ -885,7 +895,8 @@ def test_running_out_of_memory_says_what_to_lower():
 def test_every_process_takes_its_share_of_every_window():
     lengths = list(range(10, 47))
     config = TrainConfig(batch_size=4, gradient_accumulation=2)
-    plans = [plan_epoch(lengths, config, 0, rank, 2) for rank in (0, 1)]
+    data = SimpleNamespace(lengths=lengths, totals=lengths, epoch=0)
+    plans = [train_lite.plan_epoch(data, config, rank, 2) for rank in (0, 1)]
     clips = []
     for _, batch, counts in plans[0] + plans[1]:
         if counts:
@@ -1123,7 +1134,7 @@ def test_a_field_that_was_renamed_in_the_configuration_is_one_line(demo, monkeyp
 def test_defaults_that_the_scratch_configuration_sets_are_named_before_training(demo, capsys):
     assert command("--data_dir", demo, "--mt5_path=", "--resume", "nowhere.pt") == 1
     line = capsys.readouterr().err.splitlines()[0]
-    assert line.startswith("ScratchConfig sets: batch_size 32 (TrainConfig: 2), ")
+    assert line.startswith("ScratchConfig sets: batch_size 16 (TrainConfig: 2), ")
 
 
 def test_other_processes_leave_the_scores_to_the_first(finished, demo, tmp_path, monkeypatch):

@@ -32,6 +32,7 @@ import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -50,11 +51,10 @@ from datasets_lite import (
     LEFT,
     RIGHT,
     SignLanguageDataset,
-    longest_first,
     make_demo_corpus,
-    plan_epoch,
     read_clip,
 )
+from train_lite import by_length, cut, plan_epoch
 
 MT5_ROWS = 250_112  # of each of mT5-small's two tables
 TOKENS = 14  # of a mean CSL-Daily text
@@ -274,8 +274,10 @@ class Bench:
             batches = [order[i : i + size].tolist() for i in range(0, len(order), size)]
         else:
             config = replace(self.config, batch_size=size)
-            plan = plan_epoch(lengths, config, 0)
-            batches = [clips for _, clips, _ in plan] if shuffle else longest_first(lengths, size)
+            plan = plan_epoch(unjoined(lengths), config)
+            batches = [clips for _, clips, _ in plan]
+            if not shuffle:
+                batches = cut(by_length(range(len(lengths)), lengths), size)
         full = [batch for batch in batches if len(batch) == size]
         full.sort(key=lambda batch: -lengths[batch].mean())
         return [full[int((i + 0.5) * len(full) / count)] for i in range(count)]
@@ -581,10 +583,15 @@ def training(folder, turns, quick):
 def padding_row(lengths, size):
     """Batches of this size: sorted by length as in training, and drawn at random."""
     config = TrainConfig(batch_size=size, gradient_accumulation=CLIPS_PER_STEP // size)
-    by_length = [clips for _, clips, _ in plan_epoch(lengths, config, 0)]
+    sorted_ones = [clips for _, clips, _ in plan_epoch(unjoined(lengths), config)]
     order = np.random.default_rng(0).permutation(len(lengths))
     at_random = np.array_split(order, -(-len(lengths) // size))
-    return [str(size), padded_share(lengths, by_length), padded_share(lengths, at_random)]
+    return [str(size), padded_share(lengths, sorted_ones), padded_share(lengths, at_random)]
+
+
+def unjoined(lengths):
+    """What plan_epoch reads of a data set in which no clips are joined."""
+    return SimpleNamespace(lengths=lengths, totals=lengths, epoch=0)
 
 
 def padded_share(lengths, batches):
