@@ -1,4 +1,4 @@
-"""What the network must beat: the nearest training clip, and a recurrent network.
+"""What the network must beat: the nearest training clip, a linear layer, a recurrent network.
 
 Both read the features that the product's first layers read. Like every way to run a row, each takes
 the configuration and the run's folder, and gives {"curve": [scores of dev, ...], "test": scores}.
@@ -61,6 +61,30 @@ def clip_vectors(data, frames=32):
         clip = F.interpolate(clip, frames, mode="linear")  # (1, F, frames)
         vectors.append(clip.flatten())  # (F * frames)
     return torch.stack(vectors)  # (clips, F * frames)
+
+
+# ---------------------------------------------------------------------- a linear layer
+
+
+def linear(config, folder):
+    """A class a training text, by a linear layer over every clip resampled to 32 frames."""
+    torch.manual_seed(config.seed)
+    train = load_split(config, "train")
+    texts = sorted(set(texts_of(train)))
+    wanted = torch.tensor([texts.index(text) for text in texts_of(train)])  # (clips)
+    vectors = clip_vectors(train)  # (clips, F * 32)
+    layer = nn.Linear(vectors.shape[1], len(texts))
+    optimizer = torch.optim.AdamW(layer.parameters(), 1e-3, weight_decay=0.1)
+    for _ in range(300):
+        F.cross_entropy(layer(vectors), wanted).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    scores = {}
+    for split in ("dev", "test"):
+        data = load_split(config, split)
+        found = [texts[i] for i in layer(clip_vectors(data)).argmax(1)]
+        scores[split] = compute_metrics(found, texts_of(data), config.language)
+    return {"curve": [{"step": 300, **scores["dev"]}], "test": scores["test"]}
 
 
 # ---------------------------------------------------------------------- a recurrent network
@@ -131,10 +155,13 @@ def gru(config, folder):
     torch.manual_seed(config.seed)
     data = {split: load_split(config, split) for split in SPLITS}
     loaders = {}
+    clips = config.batch_size * config.gradient_accumulation  # of a step
     for split, part in data.items():
-        shuffle = split == "train"
-        loaders[split] = DataLoader(part, config.batch_size, shuffle, collate_fn=part.collate_fn)
+        loaders[split] = DataLoader(part, clips, split == "train", collate_fn=part.collate_fn)
     model = make_gru(data["train"], loaders["dev"], config.language)
+    if model.single:  # a mean over time has no room for two words
+        config.join = 0.0
+        data["train"].begin_epoch(0)
     batches = len(loaders["train"])
     config = replace(config, muon="off")  # its matrices are not those of an mT5
     (optimizer,), (scheduler,) = make_optimizers(model, config, config.max_steps, batches)

@@ -2,12 +2,14 @@
 
     python tests/tools/panel.py [--seeds 1 2 3] [--corpora sentences coffee unseen few two]
         [--tree DIR] [--test] [--jobs 1] [-- OPTION VALUE ...]
+    python tests/tools/panel.py --baselines [--corpora ...]      what the network must beat
 
 sentences and coffee: 1,200 sentences of many takes of few people; unseen: 6 signs, tested on people
 who are not in training; few: 25 signs, about six training takes each of many signers; two: 32
 signs, two training takes each. What stands behind `--` goes to train_lite.py. --tree trains another
 version of the four files, with its own defaults. test is scored with --test only, for the end.
-few has 32 and 18 clips: with --test both are counted together, too. Needs ../shared/data and
+few has 32 and 18 clips: with --test both are counted together, too. --baselines: the nearest
+training clip, a linear layer and a recurrent network instead, both splits. Needs ../shared/data and
 ../shared/tools; without them it says so. About half an hour a seed.
 """
 
@@ -21,7 +23,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
+from baselines import gru, linear, nearest
 from common import ROOT, SHARED, print_table
+
+from config_lite import ScratchConfig
 
 # source, options of make_real_corpus.py, epochs between validations
 CORPORA = {
@@ -101,12 +106,32 @@ def shown(values):
     return f"{median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 
 
+def print_baselines(names):
+    """Exact match of dev and test, a row a set and baseline; seed 1."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            corpus = Path(folder, name)
+            make_corpus(name, corpus)
+            config = ScratchConfig(data_dir=str(corpus), language="en", seed=1, num_workers=0)
+            for baseline in (nearest, linear, gru):
+                began = time.monotonic()
+                found = baseline(config, corpus)
+                dev = found["curve"][-1]["exact_match"]
+                seconds = time.monotonic() - began
+                figures = (dev, found["test"]["exact_match"], seconds)
+                rows.append([name, baseline.__name__, *(f"{figure:.1f}" for figure in figures)])
+                print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
+    print_table(["corpus", "baseline", "dev", "test", "s"], rows)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--corpora", nargs="+", choices=CORPORA, default=list(CORPORA))
     parser.add_argument("--tree", type=Path, default=ROOT)
     parser.add_argument("--test", action="store_true", help="look at test, once, at the end")
+    parser.add_argument("--baselines", action="store_true", help="what the network must beat")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     words = sys.argv[1:]
     cut = words.index("--") if "--" in words else len(words)
@@ -114,6 +139,9 @@ def main():
     options = words[cut + 1 :]
     if not PROGRAM.exists():
         sys.exit(f"the real motion is not there: {PROGRAM}")
+    if args.baselines:
+        print_baselines(args.corpora)
+        return
     head = ["corpus", "dev", "dev at the end", "s to 85 %", "s in all"]
     if args.test:
         head += ["test", "dev and test"]
