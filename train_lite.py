@@ -22,6 +22,7 @@ import sys
 import time
 import zlib
 from collections import Counter
+from configparser import ConfigParser
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
@@ -32,7 +33,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from sacrebleu.metrics import BLEU, CHRF
-from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -79,8 +79,9 @@ MUON_LAYERS = {
 SAVE_EVERY = 15 * 60  # seconds; a longer epoch is saved within, too
 EVAL_BATCH = 16  # clips per forward pass of an evaluation, at least
 # In these fields a run may differ from the last.pt it goes on from: they do not shape the result.
+# The last two are the budget, which may grow: `differences` has a rule for it.
 FREE_FIELDS = """output_dir resume_from auto_resume num_workers device log_interval val_interval
-use_tensorboard log_dir gradient_checkpointing on_bad_clip data_dir"""
+use_tensorboard log_dir gradient_checkpointing on_bad_clip data_dir epochs max_steps"""
 # SIGUSR1 is Slurm's, before the time is up; Windows has none
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)}
 # The fields of Run that last.pt keeps beside weights and optimisers.
@@ -510,7 +511,7 @@ def choose_folder(config, description):
             if last:
                 described = folder / "config.json"
                 with naming(described, "not a run's configuration", RunError):
-                    saved = json.loads(described.read_text(encoding="utf-8"))
+                    saved = json.loads(described.read_bytes())
                     changed = differences(saved, description)
             if not changed:
                 return folder, last
@@ -521,8 +522,7 @@ def choose_folder(config, description):
                 )
             print(f"{folder} holds another run ({changed})")
         number += 1
-        # abspath: base may be a link, or "."
-        folder = base.parent / f"{Path(os.path.abspath(base)).name}-{number}"
+        folder = base.parent / f"{base.absolute().name}-{number}"  # base may be a link, or "."
     return folder, resumed
 
 
@@ -533,7 +533,7 @@ def holds_a_run(folder):
 def differences(saved, now):
     """What differs between two runs' descriptions and shapes the result: `field: old -> new`."""
     changed = {name for name in now if saved.get(name) != now[name]}
-    changed -= {*FREE_FIELDS.split(), "epochs", "max_steps"}
+    changed.difference_update(FREE_FIELDS.split())
     # the budget may grow, but neither shrink nor change from epochs to steps
     budget = "max_steps" if now["max_steps"] or saved.get("max_steps") else "epochs"
     if not 0 < saved.get(budget, 0) <= now[budget]:
@@ -696,16 +696,14 @@ def print_plan(run):
     codec = run.model.codec
     window = run.clips_per_step
     dev_texts = "".join(texts_of(run.data["dev"]))
-    # all that decides the run, so that a log alone tells what it was
-    print("configuration: " + ", ".join(f"{k} {v!r}" for k, v in asdict(config).items()))
+    print(config)  # all that decides the run, so that a log alone tells what it was
     print("\n".join(data_report(run.data, codec)))
     print(f"vocabulary: {len(codec):,} of {len(codec.tokenizer):,} pieces kept")
     # as Place.autocast decides it
     precision = "fp32" if isinstance(place.autocast(), nullcontext) else "bf16 autocast"
     print(
-        f"a step: {config.batch_size} clips x {config.gradient_accumulation} accumulated x "
-        f"{place.world} processes = {window} clips; {run.total_steps} steps; {place.device}, "
-        f"{precision}, {torch.get_num_threads()} threads"
+        f"a step: {window} clips, of {place.world} processes; {run.total_steps} steps; "
+        f"{place.device}, {precision}, {torch.get_num_threads()} threads"
     )
     # what a first run gets wrong most often
     if config.ctc_weight and run.model.gloss_head is None:
@@ -1009,9 +1007,8 @@ class Signals(ExitStack):
         if self.number:
             os._exit(128 + number)
         self.number = number
-        words = b"\nstopping after this step; last.pt is written; once more stops at once\n"
         with suppress(OSError):  # a closed stderr must not break the step that this interrupts
-            os.write(2, words)
+            os.write(2, b"\nstopping after this step; last.pt is written; once more ends now\n")
 
 
 def leave_signals_to_main(_):
@@ -1168,7 +1165,7 @@ def write_whole(path, content):
         os.replace(aside, path)
         flush_to_disk(path.parent)
         remove(old)
-    except (OSError, RuntimeError, SafetensorError) as error:  # of a full disk, too
+    except Exception as error:  # of a full disk each library raises its own
         remove(aside)
         free = shutil.disk_usage(path.parent).free / 1e6 if path.parent.is_dir() else 0
         raise RunError(
@@ -1459,11 +1456,10 @@ def make_parser(command):
 
 
 def true_or_false(word):
-    if word.lower() in ("true", "yes", "1"):
-        return True
-    if word.lower() in ("false", "no", "0"):
-        return False
-    raise argparse.ArgumentTypeError(f"{word!r} is neither true nor false")
+    value = ConfigParser.BOOLEAN_STATES.get(word.lower())
+    if value is None:
+        raise ValueError  # argparse names flag and word
+    return value
 
 
 def parse(argv):
@@ -1483,7 +1479,7 @@ def parse(argv):
     if "run" in given:  # as it was trained
         path = find_best(args.run) / "config.json"
         with naming(path, "not a run's configuration"):
-            values = dict(json.loads(path.read_text(encoding="utf-8")))
+            values = dict(json.loads(path.read_bytes()))
             values |= values.get("inference", {})
             # what another machine had says nothing of this one
             values.pop("num_workers", None)

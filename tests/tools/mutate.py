@@ -484,11 +484,11 @@ TABLE = {
         BITES + "speak_over": [('if device.type == "cuda" else "gloo"', "")],
         BITES + "passed_by": [
             (
-                'saved = json.loads(described.read_text(encoding="utf-8"))',
+                "saved = json.loads(described.read_bytes())",
                 'saved = load_checkpoint(last)["config"]',
             )
         ],
-        BITES + "working_folder": [("{Path(os.path.abspath(base)).name}-", "{base.name}-")],
+        BITES + "working_folder": [("{base.absolute().name}-", "{base.name}-")],
         BITES + "rate_ends": [("if run.step + 1 < run.total_steps:", "if True:")],
         BITES + "muon": [
             ('"proj", "mt5_model.encoder.block")', '"proj")'),
