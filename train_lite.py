@@ -294,7 +294,7 @@ def evaluate(model, data_loader, inference, place=None, signals=None):
     correct = 0
     wrong_glosses = 0
     glosses = 0
-    bar = tqdm(data_loader, dataset.phase, unit=" batches", disable=None, leave=False)
+    bar = tqdm(data_loader, dataset.phase, disable=None, leave=False)
     for (src_input, tgt_input), clips in zip(bar, data_loader.batch_sampler):
         if signals and signals.number:
             raise Stopped(signals.number)
@@ -359,8 +359,10 @@ def train(config, inference, args=None):
     """Train as config says, or go on where an earlier run stopped; returns the exit code."""
     # where: process, device, folder; nothing is written yet
     place = find_place(config)
-    if isinstance(config, DemoConfig):
-        demo_banner(config, place)
+    instead = set_instead(config)
+    if instead:
+        print(instead)
+    demo_banner(config, place)
     run = Run(config, inference, place, labels=labels_digest(config))
     # each process finds the same: no last.pt or best/ changes before all have read the data
     run.folder, last = choose_folder(config, run.description())
@@ -377,8 +379,8 @@ def train(config, inference, args=None):
             run.folder = last.parent
             run.history = state["history"]
             print(
-                f"{run.folder}: this run is finished, at step {state['step']}; nothing was "
-                "changed. To go on, raise max_steps or epochs; to begin anew, --auto_resume false"
+                f"{run.folder}: this run is finished; nothing was changed. To go on, raise "
+                "max_steps or epochs; to begin anew, --auto_resume false"
             )
             say_end(run)
             return 0
@@ -450,8 +452,8 @@ def find_place(config):
     if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()):
         if torch.cuda.device_count() <= local_rank:
             raise ConfigError(
-                f"device is {config.device!r}, torch {torch.__version__} finds no GPU for process "
-                f"{local_rank}: use --device cpu, or start fewer processes"
+                f"device is {config.device!r}, but torch, or this build of it, finds no GPU for "
+                f"process {local_rank}: use --device cpu, or start fewer processes"
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -467,7 +469,9 @@ def find_place(config):
 
 
 def demo_banner(config, place):
-    """Say that this is the demo, and write its corpus on first use."""
+    """For the demo: say that it is one, and write its corpus on first use."""
+    if not isinstance(config, DemoConfig):
+        return
     print(
         f"There is no data in {DEFAULT_DATA_DIR}, so this is the built-in DEMO of synthetic "
         "signers: the code learns, but does not read people. With data of your own: --data_dir DIR"
@@ -852,8 +856,8 @@ def optimiser_step(run):
         names = [name for name, loss in run.clips.items() if not math.isfinite(loss)]
         names = names or list(run.clips)
         complain(
-            f"warning: step {run.step + 1} is skipped: its loss or gradient (norm {norm:.3g}) is "
-            f"not finite; {run.skipped} so far; clips: {', '.join(names[:32])}"
+            f"warning: step {run.step + 1} is skipped: its loss or gradient is not finite; "
+            f"clips: {', '.join(names)}"
         )
     # the schedule moves with every step, skipped or not, and beyond its end it would rise again
     for optimizer, scheduler in zip(run.optimizers, run.schedulers):
@@ -889,9 +893,9 @@ def on_device(src_input, place):
             raise
         clips, frames = src_input["attention_mask"].shape
         raise RunError(
-            f"out of memory at {clips} clips x {frames} frames ({str(error).splitlines()[0]}). "
-            "What costs least first: half the batch_size, twice gradient_accumulation: the same "
-            "training; gradient_checkpointing; lower max_length; train_embedding false"
+            f"out of memory at {clips} clips x {frames} frames. What costs least first: half the "
+            "batch_size, twice gradient_accumulation: the same training; gradient_checkpointing; "
+            "lower max_length; train_embedding false"
         ) from error
 
 
@@ -1116,8 +1120,7 @@ def collapse_warning(metrics, predictions):
         return ""
     return (
         f"warning: the model ignores the pose: it has collapsed onto {shorten(top)!r} ({count} of "
-        f"{len(predictions)} outputs; chrF {metrics['chrf']:.1f}, with exchanged poses "
-        f"{shuffled:.1f})\n"
+        f"{len(predictions)} outputs)\n"
     )
 
 
@@ -1215,8 +1218,7 @@ def write_predictions(path, rows):
 
 def check_command(config, inference, args):
     """`check`: every fault of labels and poses by name, and what the data are like -> exit code."""
-    if isinstance(config, DemoConfig):
-        demo_banner(config, Place())
+    demo_banner(config, Place())
     data = {}
     problems = []
     for split in ("train", "dev", "test"):
@@ -1259,8 +1261,8 @@ def data_report(data, codec=None):
         shared = [text for text in set(texts) if seen.setdefault(text, split) != split]
         if shared:
             lines.append(
-                f"warning: {len(shared)} of {split}'s {len(set(texts))} texts occur in an earlier "
-                "split: normal for single signs; in sentences the score rewards remembering"
+                f"warning: {len(shared)} of {split}'s texts occur in an earlier split: normal for "
+                "single signs; in sentences the score rewards remembering"
             )
     return sorted(lines, key=lambda line: line.startswith("warning: "))
 
@@ -1273,17 +1275,16 @@ def spread(counts):
 
 def describe_poses(split, dataset):
     """Yield two lines on a split's clips, and warnings of what deserves a second look."""
-    reports = [entry["report"] for entry in dataset.entries]
     limit = dataset.config.max_length
     # a row a figure of ClipReport, a column a clip
-    figures = np.array([report[:7] for report in reports]).T
+    figures = np.array([entry["report"][:7] for entry in dataset.entries]).T
     frames = figures[0]
     body, left, right, no_hand = figures[1:5] @ frames / frames.sum()  # of all frames, in %
     # joints of all clips, and clips
     not_finite, pixels = figures[5:].sum(1)
     over = 100 * (frames > limit).mean()
     yield (
-        f"{split}: {len(reports)} clips, frames {spread(frames)}, {over:.1f} % over max_length "
+        f"{split}: {len(frames)} clips, frames {spread(frames)}, {over:.1f} % over max_length "
         f"{limit}; {pixels:.0f} in pixels"
     )
     yield (
@@ -1294,17 +1295,17 @@ def describe_poses(split, dataset):
     if over > 5:
         enough = math.ceil(np.percentile(frames, 97))
         yield (
-            f"warning: {over:.0f} % of {split}'s clips exceed max_length {limit}: --max_length "
+            f"warning: too many of {split}'s clips exceed max_length {limit}: --max_length "
             f"{enough} covers 97 %"
         )
     if no_hand > 50 or max(left, right) > 99.99:
         yield (
-            f"warning: {split}: no hand in {no_hand:.0f} % of the frames; left not seen in "
-            f"{left:.0f} %, right in {right:.0f} %: does the detector give hands?"
+            f"warning: {split}: mostly no hand is seen, or never the left, or the right (shares "
+            "above): does the detector give hands?"
         )
-    if 0 < pixels < len(reports):
+    if 0 < pixels < len(frames):
         yield (
-            f"warning: {split}: {pixels:.0f} of {len(reports)} clips are in pixels, the others in "
+            f"warning: {split}: {pixels:.0f} of {len(frames)} clips are in pixels, the others in "
             "0..1: keep to one"
         )
     # in logarithms: three times as long as usual, and beyond the usual spread
@@ -1330,8 +1331,7 @@ def describe_texts(split, texts, codec):
     yield f"  pieces a text {spread(lengths)}, {cut:.1f} % over max_text_length {limit}"
     if cut:
         yield (
-            f"warning: {cut:.1f} % of {split}'s texts are cut: --max_text_length {max(lengths)} "
-            "covers all"
+            f"warning: some of {split}'s texts are cut: --max_text_length {max(lengths)} covers all"
         )
     # they would train, or be scored, with an unknown piece
     unspellable = [text for text, rows in zip(texts, ids) if codec.unknown in rows]
@@ -1362,7 +1362,7 @@ def evaluate_command(config, inference, args):
     try:
         write_predictions(out, rows)
         write_whole(figures, to_json(metrics))
-        print(f"predictions: {out}; all figures: {figures.name} beside it")
+        print(f"predictions: {out}; all figures: {figures}")
     except RunError as error:  # somebody else's run
         print(f"not kept: {error}")
     return 0
@@ -1376,13 +1376,9 @@ def print_scores(metrics, rows, language):
     with_interval = intervals(predictions, references, language)  # of two metrics
     if not metrics["bleu4"]:  # no reference has four tokens: sacrebleu's smoothing tells nothing
         del with_interval["bleu4"]
-    # exact match comes first in this, too
-    for key in with_interval | metrics:
-        value = metrics[key]
-        if isinstance(value, float):
-            digits = 4 if key == "dev_loss" else 2
-            value = f"{value:.{digits}f}"
-        print(key, with_interval.get(key, value))
+    # exact match comes first; at its place in metrics it would be without its interval
+    for key, value in (with_interval | metrics | with_interval).items():
+        print(key, f"{value:.4g}" if isinstance(value, float) else value)
     print(collapse_warning(metrics, predictions), end="")
 
 
@@ -1510,8 +1506,7 @@ def main(argv):
     """Run a command; returns the exit code. What the user can mend is one message, no traceback."""
     try:
         command, config, inference, args = parse(argv)
-        if command == "train" and set_instead(config) and os.environ.get("RANK", "0") == "0":
-            complain(set_instead(config))
+
         return COMMANDS[command](config, inference, args)
     except BrokenPipeError:  # `| head`: end quietly, as SIGPIPE would
         return 128 + 13

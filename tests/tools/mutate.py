@@ -540,7 +540,7 @@ TABLE = {
         ],
         BITES + "exact_match_first": [
             ('if not metrics["bleu4"]:', "if False:"),
-            ("in with_interval | metrics:", "in metrics:"),
+            ("(with_interval | metrics | with_interval)", "(metrics | with_interval)"),
         ],
         BITES + "shortened": [("text[: width - 3]", "text[:width]")],
         BITES + "evaluation_by_hand": [
