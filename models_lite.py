@@ -170,8 +170,7 @@ class SignLanguageLite(nn.Module):
         self.proj = nn.Linear(config.temporal_stride * d_model, d_model)
         self.layer_norm = nn.LayerNorm(d_model)
         positions = math.ceil(config.max_length / config.temporal_stride)
-        kind = config.position_encoding
-        self.position = SinusoidalPositionalEncoding(d_model, positions, kind)
+        self.position = SinusoidalPositionalEncoding(d_model, positions, config.position_encoding)
         if not config.mt5_path:  # a pretrained decoder is given what it knows
             self.piece_position = SinusoidalPositionalEncoding(d_model, 2 * config.max_text_length)
             self.mt5_model.decoder.register_forward_pre_hook(self._number_pieces, with_kwargs=True)
@@ -358,11 +357,9 @@ class SignLanguageLite(nn.Module):
 
     def load_saved(self, state):
         """Load what `state_to_save` gave. DataError where names, shapes or types differ."""
-        own = {(name, value.shape, value.dtype) for name, value in self.state_to_save().items()}
-        wrong = own ^ {(name, value.shape, value.dtype) for name, value in state.items()}
+        wrong = outline(self.state_to_save()) ^ outline(state)
         if wrong:
-            first = min(name for name, *_ in wrong)
-            raise DataError(f"the saved weights do not fit the configuration: {first}")
+            raise DataError(f"the saved weights do not fit the configuration: {min(wrong)}")
         # strict would miss the stacks' names of the shared table; a sketch has nothing to copy to
         self.load_state_dict(state, strict=False, assign=self.layer_norm.weight.is_meta)
 
@@ -425,13 +422,18 @@ class SignLanguageLite(nn.Module):
         return model.eval()
 
 
+def outline(state):
+    """What two states have in common of which the one can be loaded for the other."""
+    return {f"{name} {list(value.shape)} {value.dtype}" for name, value in state.items()}
+
+
 def find_best(path):
     """A run's folder, or its best/ -> where the model is. Raises DataError.
 
     A crash between two renames leaves best.old, which is as good.
     """
     path = Path(path)
-    for folder in (path / "best", path / "best.old", path, path.with_name(path.name + ".old")):
+    for folder in (path / "best", path / "best.old", path, Path(f"{path}.old")):
         if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
             return folder
     raise DataError(
@@ -492,9 +494,8 @@ def make_codec(config, texts, saved=None):
     if saved:
         tokenizer = T5Tokenizer.from_pretrained(saved["folder"], extra_ids=0)
         keep = saved["keep_pieces"]
-        pieces = len(tokenizer)
-        if keep[-1] >= pieces:  # transformers makes up 3 pieces where the files are missing
-            raise DataError(f"the tokeniser's files hold {pieces} pieces, of {keep[-1] + 1} needed")
+        if keep[-1] >= len(tokenizer):  # transformers makes up 3 pieces where files are missing
+            raise DataError("the tokeniser's files are missing, or another model's")
     elif config.mt5_path:
         folder = mt5_folder(config.mt5_path)
         with naming(f"mt5_path {config.mt5_path}", "not a readable mT5", ConfigError):
@@ -596,12 +597,10 @@ def pretrained_mt5(path, codec):
     folder = mt5_folder(path)
     with naming(f"mt5_path {path}", "not a readable mT5", ConfigError):
         weights = load_weights(folder)
-        rows = len(weights["shared.weight"])
-        needed = codec.keep[-1] + 1
-        if "lm_head.weight" not in weights or rows < needed:
+        if "lm_head.weight" not in weights or len(weights["shared.weight"]) <= codec.keep[-1]:
             raise ConfigError(
                 f"mt5_path {path}: not an mT5: its head is tied to the piece table, or that has "
-                f"{rows} rows, fewer than the {needed} pieces"
+                "fewer rows than the vocabulary has pieces"
             )
         # built small: the model never has the full tables
         for name in TABLES:

@@ -314,8 +314,8 @@ TABLE = {
         ],
         MODELS + "in_shards": [("weights |= load_file(path)", "weights = load_file(path)")],
         BITES + "best_old": [
-            ('path / "best.old", path, path.with', "path, path.with"),
-            ('path.with_name(path.name + ".old")', "path"),
+            ('path / "best.old", path, Path', "path, Path"),
+            ('Path(f"{path}.old")):', "path):"),
             (
                 '(path / "best", path / "best.old", path,',
                 '(path / "best.old", path / "best", path,',
