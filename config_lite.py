@@ -270,10 +270,7 @@ def _check_fields(config, owner):
     # a subclass may set fields, not make new ones: those stand behind the owner's
     added = fields(config)[len(options) :]
     if added:
-        raise ConfigError(
-            f"{type(config).__name__}.{added[0].name}: {owner.__name__} has no field of that name"
-            "; one of the two is misspelt"
-        )
+        _refuse(config, added[0].name, f"a field of {owner.__name__}, too: is it misspelt there?")
     for item in options:
         value = getattr(config, item.name)
         kind = type(value)  # not isinstance: True is an int to Python

@@ -145,7 +145,7 @@ class Run:
     inference: InferenceConfig
     place: Place
     folder: Path = Path()  # config.json, metrics.jsonl, last.pt, best/
-    labels: str = ""  # digest of dev's and train's label files
+    labels: int = 0  # checksum of dev's and train's label files
 
     # what it works with
     data: Any = None  # {"train": SignLanguageDataset, "dev": ...}
@@ -174,11 +174,8 @@ class Run:
 
     def description(self):
         """The configuration, and what else decides whether a run may be gone on with."""
-        return asdict(self.config) | {
-            "inference": asdict(self.inference),
-            "labels": self.labels,
-            "processes": self.place.world,
-        }
+        more = {"labels": self.labels, "processes": self.place.world}
+        return asdict(self.config) | asdict(self.inference) | more
 
     @property
     def clips_per_step(self):
@@ -488,7 +485,7 @@ def labels_digest(config):
         path = Path(config.data_dir, f"labels.{split}")
         load_dataset_file(path, [])
         digest = zlib.crc32(path.read_bytes(), digest)
-    return f"{digest:08x}"
+    return digest
 
 
 def choose_folder(config, description):
@@ -588,16 +585,14 @@ def build_model(config, data, state=None):
     model = SignLanguageLite(config, texts_of(data["train"]), glosses)
     # the same data must give the same vocabulary, else ids would mean other pieces
     if state:
-        now = made_of(model, data)  # pieces, glosses, clips
-        changed = [name for name in now if now[name] != state["made_of"][name]]
-        if changed:
+        if made_of(model, data) != state["made_of"]:
             raise RunError(
-                f"last.pt was trained with other {', '.join(changed)}: was a clip mended or lost? "
-                "Has mt5_path or sentencepiece changed? --auto_resume false starts anew"
+                "last.pt was trained with other clips, glosses or pieces: was a clip mended or "
+                "lost? Has mt5_path or sentencepiece changed? --auto_resume false starts anew"
             )
         model.load_saved(state["model"])
     elif config.init_from:
-        model.init_from(find_best(config.init_from))
+        model.init_from(config.init_from)
     for dataset in data.values():
         dataset.encode = model.codec.encode  # texts become labels in the loading processes
     return model
@@ -608,7 +603,7 @@ def made_of(model, data):
     clips = []
     for dataset in data.values():
         clips += [(entry["name"], entry["report"].digest) for entry in dataset.entries]
-    return {"pieces": model.codec.pieces, "glosses": model.glosses, "clips": clips}
+    return [model.codec.pieces, model.glosses, clips]
 
 
 def make_loader(dataset, batches=None):
@@ -642,7 +637,8 @@ def make_optimizers(model, config, total_steps, steps_per_epoch, state=None):
         if isinstance(module, torch.nn.Linear) and name.startswith(MUON_LAYERS[config.muon])
     ]
     with_muon = set(hidden)
-    others = [p for p in model.parameters() if p.requires_grad and p not in with_muon]
+    # what is frozen has no gradient, and is not stepped
+    others = [p for p in model.parameters() if p not in with_muon]
     groups = [
         {"params": [p for p in others if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0},
@@ -701,7 +697,7 @@ def print_plan(run):
     window = run.clips_per_step
     dev_texts = "".join(texts_of(run.data["dev"]))
     print(config)  # all that decides the run, so that a log alone tells what it was
-    print("\n".join(data_report(run.data, codec)))
+    print(data_report(run.data, codec))
     print(f"vocabulary: {len(codec):,} of {len(codec.tokenizer):,} pieces kept")
     # as Place.autocast decides it
     precision = "fp32" if isinstance(place.autocast(), nullcontext) else "bf16 autocast"
@@ -829,13 +825,12 @@ def optimiser_step(run):
     all is done, where a process was asked to stop.
     """
     # sums of all processes, and whether one of them was asked to stop
-    own_signal = run.signals.number if run.signals else 0
     stop_signal = 0
     window = Counter()
-    for part, signal_number in run.place.gather((run.window, own_signal)):
+    for part, signal_number in run.place.gather((run.window, run.signals.number)):
         window.update(part)
         stop_signal = max(stop_signal, signal_number)
-    tokens = max(window["tokens"], 1)
+    tokens = window["tokens"]
 
     for parameter in run.model.parameters():
         # DistributedDataParallel averages over processes: undo that, the mean is over tokens
@@ -1065,14 +1060,16 @@ def edit_distance(found, wanted, replace=1):
     return row[-1]
 
 
-def rouge_l(hypothesis, reference, beta=1.2):
-    """F-score of the longest common subsequence of two lists, recall weighted as in captioning."""
+def rouge_l(hypothesis, reference):
+    """F-score of the longest common subsequence of two lists, recall weighted as in captioning.
+
+    That is (1 + b^2) P R / (R + b^2 P), where b is 1.2 and its square 1.44, precision P is common /
+    len(hypothesis), recall R likewise.
+    """
     # where a replacement costs two, an edit distance counts what is not in common
     apart = edit_distance(hypothesis, reference, replace=2)
     common = (len(hypothesis) + len(reference) - apart) // 2
-    # (1 + b^2) P R / (R + b^2 P), where precision P is common / len(hypothesis), recall R likewise
-    weighed = len(hypothesis) + beta**2 * len(reference)
-    return (1 + beta**2) * common / max(weighed, 1)
+    return 2.44 * common / max(len(hypothesis) + 1.44 * len(reference), 1)
 
 
 def exchange(texts):
@@ -1124,22 +1121,22 @@ def collapse_warning(metrics, predictions):
     )
 
 
-def intervals(predictions, references, language, samples=1000):
+def intervals(predictions, references, language):
     """{metric: its score and 95 % interval over resampled clips, as text}; texts: normalised."""
     # a clip is right or wrong, in %
     right = 100.0 * np.equal(predictions, references)
-    resampled = np.random.default_rng(0).choice(right, (samples, len(right))).mean(1)
+    resampled = np.random.default_rng(0).choice(right, (1000, len(right))).mean(1)
     low, high = np.percentile(resampled, [2.5, 97.5])
     # sacrebleu resamples with a fixed seed of its own
-    bleu = make_bleu(language).corpus_score(predictions, [references], n_bootstrap=samples)
+    bleu = make_bleu(language).corpus_score(predictions, [references], n_bootstrap=1000)
     return {
         "exact_match": f"{right.mean():.2f} [{low:.2f}, {high:.2f}]",
         "bleu4": bleu.format(score_only=True),  # sacrebleu's mean and half width
     }
 
 
-def shorten(text, width=60):
-    return text if len(text) <= width else text[: width - 3] + "..."
+def shorten(text):
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 # ------------------------------------------------------------------------------- what is written
@@ -1151,8 +1148,8 @@ def write_whole(path, content):
     So path is never half; a crash between a folder's two renames leaves path.old. Raises RunError
     naming path and the space left.
     """
-    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    old = path.with_name(f"{path.name}.old")
+    aside = Path(f"{path}.{os.getpid()}.part")
+    old = Path(f"{path}.old")
     try:
         if callable(content):
             content(aside)
@@ -1236,7 +1233,7 @@ def check_command(config, inference, args):
             codec = make_codec(config, texts_of(data["train"]))
         except ConfigError as error:
             print(f"warning: texts are not counted in pieces: {error}")
-    print("\n".join(data_report(data, codec)))
+    print(data_report(data, codec))
     # every fault, not the first alone
     for problem in problems:
         complain(f"error: {problem}")
@@ -1264,7 +1261,7 @@ def data_report(data, codec=None):
                 f"warning: {len(shared)} of {split}'s texts occur in an earlier split: normal for "
                 "single signs; in sentences the score rewards remembering"
             )
-    return sorted(lines, key=lambda line: line.startswith("warning: "))
+    return "\n".join(sorted(lines, key=lambda line: line.startswith("warning: ")))
 
 
 def spread(counts):
@@ -1354,7 +1351,7 @@ def evaluate_command(config, inference, args):
     config.output_dir = ""  # evaluating leaves no cache behind
     path = Path(config.data_dir, f"labels.{args.split}")
     dataset = SignLanguageDataset(path, config, "evaluated")
-    complain("\n".join(data_report({args.split: dataset}, model.codec)))
+    complain(data_report({args.split: dataset}, model.codec))
     metrics, rows = evaluate(model, make_loader(dataset), inference, place)
     print_scores(metrics, rows, config.language)
     out = Path(args.run, f"predictions_{args.split}.txt")
@@ -1423,6 +1420,7 @@ def make_parser(command):
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
+    parser.add_argument("command", choices=COMMANDS)  # a misspelt one must not start a training
     if command in ("evaluate", "translate"):
         parser.add_argument("run", help="a run's folder, or its best/")
     if command == "evaluate":
@@ -1462,13 +1460,7 @@ def parse(argv):
     """-> (command, config, inference, the command's own arguments). Exits with 2 on a bad line."""
     if not argv or argv[0].startswith("-"):
         argv = ["train", *argv]
-    command, *rest = argv
-    if command not in COMMANDS:
-        # a misspelt command must not start a training
-        make_parser("COMMAND").error(
-            f"no such command: {command!r}; there are {', '.join(COMMANDS)}"
-        )
-    args = make_parser(command).parse_args(rest)
+    args = make_parser(argv[0]).parse_args(argv)
     given = vars(args)
     kind = TrainConfig
     values = {}
@@ -1476,7 +1468,6 @@ def parse(argv):
         path = find_best(args.run) / "config.json"
         with naming(path, "not a run's configuration"):
             values = dict(json.loads(path.read_bytes()))
-            values |= values.get("inference", {})
             # what another machine had says nothing of this one
             values.pop("num_workers", None)
             if values.get("device") == "cuda":
@@ -1489,7 +1480,7 @@ def parse(argv):
         values["max_steps"] = 0  # who asks for epochs gets epochs
     # what was given wins over what was saved
     values |= given
-    return command, make_config(kind, values), make_config(InferenceConfig, values), args
+    return args.command, make_config(kind, values), make_config(InferenceConfig, values), args
 
 
 def choose_kind(given):

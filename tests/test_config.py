@@ -265,7 +265,9 @@ def test_what_was_given_on_the_command_line_is_not_said_to_be_set():
 def test_a_field_that_only_a_subclass_has_is_refused():
     """As where batch_size is misspelt in TrainConfig, and ScratchConfig sets the right one."""
     misspelt = make_dataclass("Mine", [("batchsize", int, 8)], bases=(TrainConfig,))
-    with pytest.raises(ConfigError, match=r"Mine\.batchsize: TrainConfig has no field"):
+    with pytest.raises(
+        ConfigError, match=r"Mine\.batchsize is 8: it must be a field of TrainConfig"
+    ):
         misspelt()
 
 

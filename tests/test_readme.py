@@ -246,7 +246,7 @@ def check_train_lite(arguments):
     """A command line of train_lite.py: argparse takes every flag, the configuration every value."""
     command = arguments[0] if arguments else ""
     if command in ("evaluate", "translate"):  # RUN need not exist here
-        train_lite.make_parser(command).parse_args(arguments[1:])
+        train_lite.make_parser(command).parse_args(arguments)
     else:
         train_lite.parse(arguments)
 
@@ -289,10 +289,11 @@ def test_every_command_of_the_readme_is_one_that_its_program_takes(words):
         assert " ".join(words) in NOT_OURS or program == "git"
 
 
-def takes(parser, flag):
-    """Whether a parser of train_lite.py knows this flag, whatever value would follow it."""
+def takes(command, flag):
+    """Whether this command of train_lite.py knows the flag, whatever value would follow it."""
     try:
-        _, not_taken = parser.parse_known_args(["RUN", "CLIP", flag])
+        parser = train_lite.make_parser(command)
+        _, not_taken = parser.parse_known_args([command, "RUN", "CLIP", flag])
     except SystemExit:  # "expected one argument"
         return True
     return flag not in not_taken
@@ -300,7 +301,7 @@ def takes(parser, flag):
 
 def test_every_option_that_the_readme_names_exists():
     """In its text, too, where a flag stands without its command."""
-    parsers = [train_lite.make_parser(command) for command in train_lite.COMMANDS]
+
     torchrun_help = make_torchrun_parser().format_help()
     others = {"--no-index", "--patience"}  # git's
     others.add("--field")  # any
@@ -309,6 +310,6 @@ def test_every_option_that_the_readme_names_exists():
     assert named, "the README names no flag at all: the test finds them no longer"
     unknown = []
     for flag in sorted(named - others):
-        if not any(takes(parser, flag) for parser in parsers):
+        if not any(takes(command, flag) for command in train_lite.COMMANDS):
             unknown.append(flag)
     assert not unknown, f"no program takes {unknown}"

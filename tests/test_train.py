@@ -121,6 +121,7 @@ def run_of(model, dataset, **options):
     """A run of ten steps that is ready for its first epoch."""
     config = scratch_config(ctc_weight=0.5, max_steps=10, warmup_epochs=0, **options)
     run = Run(config, InferenceConfig(), Place(), total_steps=10)
+    run.signals = SimpleNamespace(number=0)
     run.model = model
     run.net = model
     run.data = {"train": dataset}
@@ -1117,7 +1118,7 @@ def test_a_word_that_is_no_command_lists_the_commands(capsys):
     for word in ("test", "Train", "nowhere.pkl"):
         assert command(word) == 2
         error = capsys.readouterr().err
-        assert f"no such command: {word!r}" in error
+        assert f"invalid choice: {word!r}" in error
         assert all(name in error for name in ("train", "check", "evaluate", "translate"))
 
 

@@ -251,6 +251,7 @@ class Bench:
             net=self.model,
             optimizers=optimizers,
             schedulers=schedulers,
+            signals=SimpleNamespace(number=0),
             data={"train": self.data, "dev": self.data},
         )
 

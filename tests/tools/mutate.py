@@ -352,8 +352,8 @@ TABLE = {
         ],
         BITES + "tokens_of_both": [
             ("run.place.world / tokens)", "1 / tokens)"),
-            ("gather((run.window, own_signal)):", "gather((run.window, own_signal))[:1]:"),
-            ("max(stop_signal, signal_number)", "own_signal"),
+            ("run.signals.number)):", "run.signals.number))[:1]:"),
+            ("max(stop_signal, signal_number)", "run.signals.number"),
             ("    if stop_signal:\n        raise Stopped", "    if False:\n        raise Stopped"),
             ("    run.clips = {}\n", ""),
             ("    run.window = Counter()\n", ""),
@@ -439,7 +439,7 @@ TABLE = {
         BITES + "dead_process": [('folder.glob("*.part")', 'folder.glob("*.tmp")')],
         BITES + "goes_on": [
             ('"labels": self.labels,', ""),
-            ('"processes": self.place.world,', ""),
+            (', "processes": self.place.world', ""),
             ('FREE_FIELDS = """output_dir ', 'FREE_FIELDS = """output_dir weight_decay '),
             ('FREE_FIELDS = """output_dir ', 'FREE_FIELDS = """output_dir seed '),
             ('FREE_FIELDS = """output_dir ', 'FREE_FIELDS = """output_dir max_grad_norm '),
@@ -507,7 +507,7 @@ TABLE = {
             ("(0 if a == b else replace)", "(0 if a == b else 1)"),
             ("row[j] + 1))", "row[j]))"),
             ("replace=2)", "replace=1)"),
-            ("beta=1.2", "beta=1.0"),
+            ("1.44 * len(reference)", "len(reference)"),
             ("split = list if", "split = str.split if"),
         ],
         BITES + "punctuation or texts_by_hand": [
@@ -542,7 +542,7 @@ TABLE = {
             ('if not metrics["bleu4"]:', "if False:"),
             ("(with_interval | metrics | with_interval)", "(metrics | with_interval)"),
         ],
-        BITES + "shortened": [("text[: width - 3]", "text[:width]")],
+        BITES + "shortened": [("text[:57]", "text[:60]")],
         BITES + "evaluation_by_hand": [
             ("edit_distance(found, wanted)\n", "abs(len(found) - len(wanted))\n"),
             ("            if wanted:\n", "            if True:\n"),
@@ -559,7 +559,7 @@ TABLE = {
                 "text = model.generate(src_input, **asdict(inference))[0]",
                 "text = model.generate(src_input)[0]",
             ),
-            ('values |= values.get("inference", {})', "pass"),
+            ("make_config(InferenceConfig, values), args", "InferenceConfig(), args"),
             ("    values |= given\n", "    values = given | values\n"),
         ],
         BITES + "no_longer_clips": [
