@@ -65,7 +65,7 @@ def part_features(part):
     seen_twice = seen[:, 1:] & seen[:, :-1]  # (B, T - 1, V, 1)
     velocity = torch.zeros_like(xy)  # (B, T, V, 2); the first frame has none
     velocity[:, 1:] = xy.diff(dim=1) * seen_twice
-    return torch.cat([xy, confidence, velocity], dim=-1).flatten(2)  # (B, T, 5 V)
+    return torch.cat([xy, confidence, velocity], -1).flatten(2)  # (B, T, 5 V)
 
 
 def hand_features(hand, wrist, mirror):
@@ -75,16 +75,16 @@ def hand_features(hand, wrist, mirror):
     root mean square distance from the wrist over the clip. The left hand is mirrored: the layer
     that both share sees like shapes.
     """
-    xy, confidence = hand.split([2, 1], dim=-1)  # (B, T, 21, 2), (B, T, 21, 1)
+    xy, confidence = hand.split([2, 1], -1)  # (B, T, 21, 2), (B, T, 21, 1)
     joints = (confidence > 0).sum((1, 2, 3), keepdim=True)  # (B, 1, 1, 1); the others are zero
     squares = xy.square().sum((1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
     rms = (squares / joints.clamp(min=1)).sqrt().clamp(min=1e-3)  # (B, 1, 1, 1)
-    hand = torch.cat([xy / rms, confidence], dim=-1)  # (B, T, 21, 3)
+    hand = torch.cat([xy / rms, confidence], -1)  # (B, T, 21, 3)
     if mirror:
         flip = hand.new_tensor([-1.0, 1.0, 1.0])  # x alone
         hand = hand * flip
         wrist = wrist * flip
-    return torch.cat([part_features(hand), wrist], dim=-1)  # (B, T, 108)
+    return torch.cat([part_features(hand), wrist], -1)  # (B, T, 108)
 
 
 class TemporalBlock(nn.Module):
@@ -111,7 +111,7 @@ class SinusoidalPositionalEncoding(nn.Module):
         super().__init__()
         position = torch.arange(max_length)[:, None]  # (max_length, 1)
         angle = position * 10000 ** (-torch.arange(0, d_model, 2) / d_model)
-        table = torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)  # (max_length, d_model)
+        table = torch.stack([angle.sin(), angle.cos()], -1).flatten(1)  # (max_length, d_model)
         if kind == "none":
             table.zero_()
         if kind == "learned":
@@ -238,7 +238,7 @@ class SignLanguageLite(nn.Module):
         body = self.pose_embed["body"](part_features(body))  # (B, T, d_model)
 
         # parts -> one vector a frame, which sees its neighbours in time
-        parts = torch.cat([body, *hands.chunk(2)], dim=-1)  # (B, T, 3 d_model)
+        parts = torch.cat([body, *hands.chunk(2)], -1)  # (B, T, 3 d_model)
         x = self.fusion(F.gelu(parts))  # (B, T, d_model)
         real = mask[..., None]  # (B, T, 1)
         for block in self.temporal:
@@ -397,8 +397,7 @@ class SignLanguageLite(nn.Module):
             "glosses": self.glosses,
             "longest_text": self.longest_text,
         }
-        text = json.dumps(content, ensure_ascii=False, indent=1)
-        Path(folder, "config.json").write_text(text, encoding="utf-8")
+        Path(folder, "config.json").write_bytes(to_json(content).encode())
         # written here, as the umask says: safetensors' own files are the owner's alone
         Path(folder, "model.safetensors").write_bytes(save(self.state_to_save()))
 
@@ -420,6 +419,10 @@ class SignLanguageLite(nn.Module):
             model = cls(config, saved=saved)
             model.load_saved(weights)
         return model.eval()
+
+
+def to_json(content):
+    return json.dumps(content, ensure_ascii=False, indent=1) + "\n"
 
 
 def outline(state):
@@ -615,7 +618,6 @@ def pretrained_mt5(path, codec):
 def load_weights(folder):
     """Name -> tensor, from the folder's weight files; mapped: what nobody reads takes no memory."""
     weights = {}
-    folder = Path(folder)
     for path in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin")):
         refuse_pointer(path)
         if path.suffix == ".safetensors":
@@ -631,6 +633,7 @@ def mt5_folder(path):
 
     Raises ConfigError where one is missing: transformers would make up a vocabulary of 3 pieces.
     """
+    folder = Path(path)
     advice = "download google/mt5-small and name its folder, or train from scratch: --mt5_path ''"
     needed = [
         ["config.json"],
@@ -639,12 +642,12 @@ def mt5_folder(path):
     ]
     beside = Path(__file__).with_name("pretrained_weight") / "mt5-small"  # the original's place
     if path == DEFAULT_MT5 and beside.is_dir():
-        path = beside
-    if not Path(path).is_dir():
-        advice = f"no such folder, and the hub did not give it; {advice}"
-        with naming(f"mt5_path {path}", advice, ConfigError):
-            path = snapshot_download(path, allow_patterns=sum(needed, []))
+        folder = beside
+    if not folder.is_dir():
+        what = f"no such folder, and the hub did not give it; {advice}"
+        with naming(f"mt5_path {path}", what, ConfigError):
+            folder = Path(snapshot_download(path, allow_patterns=sum(needed, [])))
     for names in needed:
-        if not any(list(Path(path).glob(name)) for name in names):
+        if not any(list(folder.glob(name)) for name in names):
             raise ConfigError(f"mt5_path {path}: no {' or '.join(names)} there; {advice}")
-    return path
+    return folder

@@ -36,6 +36,7 @@ from sacrebleu.metrics import BLEU, CHRF
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+from transformers import BatchFeature
 from transformers import get_cosine_with_min_lr_schedule_with_warmup_lr_rate as cosine_schedule
 
 from config_lite import (
@@ -60,7 +61,7 @@ from datasets_lite import (
     pad_poses,
     read_clip,
 )
-from models_lite import SignLanguageLite, find_best, make_codec, mt5_folder
+from models_lite import SignLanguageLite, find_best, make_codec, mt5_folder, to_json
 
 try:
     import fcntl
@@ -172,6 +173,7 @@ class Run:
     saved_at: float = field(default_factory=time.monotonic)  # seconds
     signals: Any = None  # Signals, while the loop runs
 
+    @property
     def description(self):
         """The configuration, and what else decides whether a run may be gone on with."""
         more = {"labels": self.labels, "processes": self.place.world}
@@ -185,7 +187,7 @@ class Run:
     @property
     def validated(self):
         """Whether dev was scored at this step."""
-        return bool(self.history) and self.history[-1]["step"] == self.step
+        return any(entry["step"] == self.step for entry in self.history)
 
     @property
     def best(self):
@@ -196,9 +198,9 @@ class Run:
         since of single words chrF tells too little.
         """
         measure = "bleu4" if any(m["bleu4"] for m in self.history) else "exact_match"
-        highest = max(m[measure] for m in self.history) / 100
-        error = math.sqrt(abs(highest * (1 - highest)) / self.history[-1]["dev_clips"])
-        near = [m for m in self.history if m[measure] / 100 >= highest - error]
+        highest = max(m[measure] for m in self.history)  # in %, as its error
+        error = math.sqrt(abs(highest * (100 - highest)) / self.history[-1]["dev_clips"])
+        near = [m for m in self.history if m[measure] >= highest - error]
         return near[-1]
 
     @contextmanager
@@ -254,7 +256,7 @@ def save_checkpoint(path, run):
     """
     state = {name: getattr(run, name) for name in KEPT.split()}
     state |= {
-        "config": run.description(),
+        "config": run.description,
         "made_of": made_of(run.model, run.data),
         "model": run.model.state_to_save(),
         "optimizer": [optimizer.state_dict() for optimizer in run.optimizers],
@@ -362,7 +364,7 @@ def train(config, inference, args=None):
     demo_banner(config, place)
     run = Run(config, inference, place, labels=labels_digest(config))
     # each process finds the same: no last.pt or best/ changes before all have read the data
-    run.folder, last = choose_folder(config, run.description())
+    run.folder, last = choose_folder(config, run.description)
     if last is None:
         # what is missing is said before the poses are read; a resumed run needs neither
         if config.mt5_path:
@@ -372,7 +374,7 @@ def train(config, inference, args=None):
     with lock_folder(run.folder) if place.rank == 0 else nullcontext():
         # go on, or find that there is nothing left to do
         state = load_checkpoint(last) if last else None
-        if state and state["finished"] and not differences(run.description(), state["config"]):
+        if state and state["finished"] and not differences(run.description, state["config"]):
             run.folder = last.parent
             run.history = state["history"]
             print(
@@ -400,7 +402,7 @@ def train(config, inference, args=None):
         print_plan(run)
         print(f"resumed from {last} at step {run.step}" if state else f"writing to {run.folder}")
         if place.rank == 0:
-            write_whole(run.folder / "config.json", to_json(run.description()))
+            write_whole(run.folder / "config.json", to_json(run.description))
 
         with Signals() as run.signals:
             try:
@@ -444,7 +446,7 @@ def find_place(config):
     # torchrun says it in the environment; without it there is one process
     world = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("RANK", 0))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_rank = dist.get_node_local_rank(fallback_rank=0)
     device = torch.device("cpu")
     if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()):
         if torch.cuda.device_count() <= local_rank:
@@ -599,10 +601,13 @@ def build_model(config, data, state=None):
 
 
 def made_of(model, data):
-    """What a resumed run must find again; the clips, by name and contents, in the data's order."""
+    """What a resumed run must find again; the clips by their contents, in the data's order.
+
+    Their names and texts are in the digest of the label files.
+    """
     clips = []
     for dataset in data.values():
-        clips += [(entry["name"], entry["report"].digest) for entry in dataset.entries]
+        clips += [entry["report"].digest for entry in dataset.entries]
     return [model.codec.pieces, model.glosses, clips]
 
 
@@ -849,10 +854,9 @@ def optimiser_step(run):
         run.bad_in_a_row += 1
         # where a loss was not finite, its clips; else all
         names = [name for name, loss in run.clips.items() if not math.isfinite(loss)]
-        names = names or list(run.clips)
         complain(
             f"warning: step {run.step + 1} is skipped: its loss or gradient is not finite; "
-            f"clips: {', '.join(names)}"
+            f"clips: {', '.join(names or run.clips)}"
         )
     # the schedule moves with every step, skipped or not, and beyond its end it would rise again
     for optimizer, scheduler in zip(run.optimizers, run.schedulers):
@@ -879,10 +883,7 @@ def optimiser_step(run):
 def on_device(src_input, place):
     """The batch with its tensors on the device; memory that fails is a RunError with advice."""
     try:
-        yield {
-            key: value.to(place.device) if torch.is_tensor(value) else value
-            for key, value in src_input.items()
-        }
+        yield BatchFeature(src_input).to(place.device)
     except RuntimeError as error:
         if not re.search("out of memory|allocate memory", str(error)):
             raise
@@ -897,21 +898,27 @@ def on_device(src_input, place):
 def after_step(run):
     """A log line and a last.pt, where they are due."""
     if run.step % run.config.log_interval == 0:
-        sums = run.meter  # over all since the last validation; the loss is the last step's
-        tokens = max(sums["tokens"], 1)
-        seconds = sums["waited"] + sums["computed"]
+        tokens = max(run.meter["tokens"], 1)
         row = {
-            "loss": run.last_loss,
-            "nll": sums["nll"] / tokens,
-            "accuracy": 100 * sums["correct"] / tokens,
-            "lr": run.schedulers[0].get_last_lr()[0],
-            "clips_per_second": sums["clips"] / seconds,
-            "waiting_for_data": 100 * sums["waited"] / seconds,
+            "loss": run.last_loss,  # of this step; the others since the last validation
+            "nll": run.meter["nll"] / tokens,
+            "accuracy": 100 * run.meter["correct"] / tokens,
+            **pace(run),
         }
         report(run, "train", row)
     # an epoch may take hours
     if time.monotonic() - run.saved_at > SAVE_EVERY:
         save_last(run)
+
+
+def pace(run):
+    """How training goes since the last validation; before its first step all is 0."""
+    seconds = max(run.meter["waited"] + run.meter["computed"], 1e-9)
+    return {
+        "lr": run.schedulers[0].get_last_lr()[0],
+        "clips_per_second": run.meter["clips"] / seconds,
+        "waiting_for_data": 100 * run.meter["waited"] / seconds,
+    }
 
 
 def save_last(run):
@@ -932,7 +939,6 @@ def validate(run):
     scores, rows = run.place.gather(scored)[0]
     # of training since the last validation
     sums = run.meter
-    seconds = sums["waited"] + sums["computed"]
     metrics = {
         "epoch": shown_epoch(run),
         "step": run.step,
@@ -940,9 +946,8 @@ def validate(run):
         **scores,
         "train_loss": sums["loss"] / sums["tokens"] if sums["tokens"] else None,
         "skipped_steps": run.skipped,
-        "clips_per_second": sums["clips"] / seconds if seconds else None,
-        "lr": run.schedulers[0].get_last_lr()[0],
         "peak_memory_gb": run.place.peak_memory_gb(),
+        **pace(run),
     }
     # best is chosen among all, this one included
     run.history.append(metrics)
@@ -1188,15 +1193,11 @@ def remove(path):
         path.unlink(missing_ok=True)
 
 
-def to_json(content):
-    return json.dumps(content, ensure_ascii=False, indent=1) + "\n"
-
-
 def save_best(run, metrics):
     """Replace best/ as a whole; `models_lite.find_best` reads it, or best.old after a crash."""
 
     def write(folder):
-        run.model.save_pretrained(folder, **run.description())
+        run.model.save_pretrained(folder, **run.description)
         (folder / "metrics.json").write_bytes(to_json(metrics).encode())
 
     write_whole(run.folder / "best", write)
@@ -1413,7 +1414,6 @@ def make_parser(command):
     What is not given is absent from the result: defaults depend on what is given (`parse`).
     """
     parser = argparse.ArgumentParser(
-        prog=f"train_lite.py {command}",
         usage="%(prog)s ... [--field value ...]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

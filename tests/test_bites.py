@@ -731,7 +731,7 @@ def described(**options):
     world = options.pop("processes", 1)
     labels = options.pop("labels", 1)
     config = TrainConfig(mt5_path="", **options)
-    return Run(config, InferenceConfig(), Place(world=world), labels=labels).description()
+    return Run(config, InferenceConfig(), Place(world=world), labels=labels).description
 
 
 @pytest.mark.parametrize(

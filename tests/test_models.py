@@ -1249,7 +1249,7 @@ def test_mt5_beside_the_scripts_is_taken_where_the_path_is_left_at_its_default(
     shutil.copytree(mt5_folder, beside)
     monkeypatch.setattr(models_lite, "__file__", str(tmp_path / "models_lite.py"))
     assert models_lite.mt5_folder("google/mt5-small") == beside
-    assert models_lite.mt5_folder(str(mt5_folder)) == str(mt5_folder)
+    assert models_lite.mt5_folder(str(mt5_folder)) == mt5_folder
 
 
 def test_only_the_rows_that_stay_are_read_of_a_pretrained_mt5(mt5_folder, monkeypatch):

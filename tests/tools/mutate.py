@@ -396,7 +396,7 @@ TABLE = {
         ],
         BITES + "last_weights": [
             ("run.step >= run.total_steps and run.validated", "run.step >= run.total_steps"),
-            ('self.history[-1]["step"] == self.step', "True"),
+            ('entry["step"] == self.step', "True"),
         ],
         BITES + "lacks_something": [
             ("if missing:\n            raise ValueError", "if False:\n            raise ValueError")
@@ -423,8 +423,8 @@ TABLE = {
         ],
         BITES + "when_they_are_due": [
             ("run.step % run.config.log_interval == 0", "run.step"),
-            ('"loss": run.last_loss', '"loss": sums["loss"] / tokens'),
-            ('sums["nll"] / tokens,', 'sums["nll"],'),
+            ('"loss": run.last_loss', '"loss": run.meter["loss"] / tokens'),
+            ('run.meter["nll"] / tokens,', 'run.meter["nll"],'),
             ("run.saved_at > SAVE_EVERY", "run.saved_at > 10 * 365 * 86400"),
         ],
         BITES + "on_disk_before or flushing": [
