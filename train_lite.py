@@ -22,7 +22,6 @@ import sys
 import time
 import zlib
 from collections import Counter
-from configparser import ConfigParser
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
@@ -38,6 +37,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import BatchFeature
 from transformers import get_cosine_with_min_lr_schedule_with_warmup_lr_rate as cosine_schedule
+from transformers.hf_argparser import string_to_bool
 
 from config_lite import (
     DEFAULT_DATA_DIR,
@@ -168,7 +168,7 @@ class Run:
 
     # of the step that is under way
     window: Counter = field(default_factory=Counter)  # sums over its micro-batches
-    clips: dict = field(default_factory=dict)  # name -> its micro-batch's loss
+
     last_loss: float = math.nan  # of the last step, per token
     saved_at: float = field(default_factory=time.monotonic)  # seconds
     signals: Any = None  # Signals, while the loop runs
@@ -589,8 +589,8 @@ def build_model(config, data, state=None):
     if state:
         if made_of(model, data) != state["made_of"]:
             raise RunError(
-                "last.pt was trained with other clips, glosses or pieces: was a clip mended or "
-                "lost? Has mt5_path or sentencepiece changed? --auto_resume false starts anew"
+                "last.pt was trained with other clips or pieces: was a clip mended or lost? Has "
+                "mt5_path or sentencepiece changed? --auto_resume false starts anew"
             )
         model.load_saved(state["model"])
     elif config.init_from:
@@ -603,12 +603,12 @@ def build_model(config, data, state=None):
 def made_of(model, data):
     """What a resumed run must find again; the clips by their contents, in the data's order.
 
-    Their names and texts are in the digest of the label files.
+    Their names, texts and glosses are in the digest of the label files.
     """
     clips = []
     for dataset in data.values():
         clips += [entry["report"].digest for entry in dataset.entries]
-    return [model.codec.pieces, model.glosses, clips]
+    return [model.codec.pieces, clips]
 
 
 def make_loader(dataset, batches=None):
@@ -707,8 +707,8 @@ def print_plan(run):
     # as Place.autocast decides it
     precision = "fp32" if isinstance(place.autocast(), nullcontext) else "bf16 autocast"
     print(
-        f"a step: {window} clips, of {place.world} processes; {run.total_steps} steps; "
-        f"{place.device}, {precision}, {torch.get_num_threads()} threads"
+        f"a step: {window} clips; {run.total_steps} steps; {place}, {precision}, "
+        f"{torch.get_num_threads()} threads"
     )
     # what a first run gets wrong most often
     if config.ctc_weight and run.model.gloss_head is None:
@@ -813,7 +813,8 @@ def micro_batch(run, number, counts, src_input, tgt_input, last):
         return
     names = src_input["names"]
     loss = summed_loss.item()
-    run.clips |= dict.fromkeys(names, loss)
+    if not math.isfinite(loss):
+        complain(f"warning: the loss is not finite for the clips {', '.join(names)}")
     run.window.update(
         tokens=tokens,
         loss=loss,
@@ -852,12 +853,7 @@ def optimiser_step(run):
         run.model.zero_grad()  # a step without gradients changes nothing
         run.skipped += 1
         run.bad_in_a_row += 1
-        # where a loss was not finite, its clips; else all
-        names = [name for name, loss in run.clips.items() if not math.isfinite(loss)]
-        complain(
-            f"warning: step {run.step + 1} is skipped: its loss or gradient is not finite; "
-            f"clips: {', '.join(names or run.clips)}"
-        )
+        complain(f"warning: step {run.step + 1} is skipped: its loss or gradient is not finite")
     # the schedule moves with every step, skipped or not, and beyond its end it would rise again
     for optimizer, scheduler in zip(run.optimizers, run.schedulers):
         optimizer.step()
@@ -868,7 +864,6 @@ def optimiser_step(run):
     run.step += 1
     run.last_loss = window["loss"] / tokens
     run.window = Counter()
-    run.clips = {}
     if run.bad_in_a_row >= 10:
         raise RunError(
             "10 steps in a row were not finite: lower learning_rate, keep max_grad_norm above 0, "
@@ -1438,7 +1433,7 @@ def make_parser(command):
         if choices:
             how = {"type": type(choices[0]), "choices": choices}
         elif item.type is bool:  # the flag alone says true
-            how = {"type": true_or_false, "nargs": "?", "const": True, "metavar": "true|false"}
+            how = {"type": string_to_bool, "nargs": "?", "const": True, "metavar": "true|false"}
         words = item.metadata.get("help", "")  # none where a user wrote a plain default
         words += f" (default: {item.default!r})".replace("%", "%%")
         group.add_argument(*flags, dest=item.name, help=words, **how)
@@ -1447,13 +1442,6 @@ def make_parser(command):
     parser.add_argument("--no-resume", dest="auto_resume", **hidden)
     parser.add_argument("--no-tensorboard", dest="use_tensorboard", **hidden)
     return parser
-
-
-def true_or_false(word):
-    value = ConfigParser.BOOLEAN_STATES.get(word.lower())
-    if value is None:
-        raise ValueError  # argparse names flag and word
-    return value
 
 
 def parse(argv):
@@ -1475,22 +1463,18 @@ def parse(argv):
             make_config(TrainConfig, values)
             make_config(InferenceConfig, values)
     else:
-        kind = choose_kind(given)
+        plain = TrainConfig()
+        # who names a folder, here or in config_lite.py, means it
+        own_data = "data_dir" in given or plain.data_dir != DEFAULT_DATA_DIR
+        if not own_data and not Path(DEFAULT_DATA_DIR).exists():
+            kind = DemoConfig
+        elif not given.get("mt5_path", plain.mt5_path):
+            kind = ScratchConfig
     if given.get("epochs") and "max_steps" not in given:
         values["max_steps"] = 0  # who asks for epochs gets epochs
     # what was given wins over what was saved
     values |= given
     return args.command, make_config(kind, values), make_config(InferenceConfig, values), args
-
-
-def choose_kind(given):
-    """The configuration whose defaults hold, after what was given and what config_lite.py says."""
-    plain = TrainConfig()
-    # who names a folder, here or in config_lite.py, means it
-    own_data = "data_dir" in given or plain.data_dir != DEFAULT_DATA_DIR
-    if not own_data and not Path(DEFAULT_DATA_DIR).exists():
-        return DemoConfig
-    return TrainConfig if given.get("mt5_path", plain.mt5_path) else ScratchConfig
 
 
 def main(argv):

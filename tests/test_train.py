@@ -1185,7 +1185,8 @@ def test_a_skipped_step_names_the_clips_whose_loss_was_not_finite(clips, capsys)
     train_epoch(run)
     error = capsys.readouterr().err
     assert run.skipped == 1
-    assert error.strip().endswith("clips: " + ", ".join(named)), error
+    assert error.splitlines()[0].endswith("for the clips " + ", ".join(named)), error
+    assert error.count("train_") == len(named), error
 
 
 def test_a_run_that_a_signal_stops_closes_tensorboard(demo, tmp_path, monkeypatch):
