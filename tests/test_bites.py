@@ -541,12 +541,6 @@ def test_a_run_is_finished_when_its_last_weights_are_scored(
     assert train_lite.load_checkpoint(tmp_path / "last.pt")["finished"] is finished
 
 
-def test_a_checkpoint_that_lacks_something_is_refused_with_what_it_lacks(tmp_path):
-    save_sound({"model": {}, "config": {}}, tmp_path / "last.pt")
-    with pytest.raises(RunError, match="last.pt.*it has no history, optimizer"):
-        train_lite.load_checkpoint(tmp_path / "last.pt")
-
-
 def figures(bleu4, exact, dev_loss, dev_clips=100, chrf=0.0):
     scores = {"bleu4": bleu4, "exact_match": exact, "chrf": chrf}
     return scores | {"dev_loss": dev_loss, "dev_clips": dev_clips}

@@ -397,9 +397,6 @@ TABLE = {
             ("run.step >= run.total_steps and run.validated", "run.step >= run.total_steps"),
             ('entry["step"] == self.step', "True"),
         ],
-        BITES + "lacks_something": [
-            ("if missing:\n            raise ValueError", "if False:\n            raise ValueError")
-        ],
         TRAIN + "decides_how_bleu": [
             ('"zh" if language == "zh" else "char"', '"char" if language == "zh" else "char"'),
         ],
