@@ -425,9 +425,7 @@ def train(config, inference, args=None):
                 run.writer.close()
             if stopped_by:  # not in `except`: its traceback would keep the loading processes
                 save_last(run)
-                print(
-                    f"stopped by signal {stopped_by} at step {run.step}; the same command goes on"
-                )
+                print(f"stopped by signal {stopped_by} at step {run.step}; run it again to go on")
                 return 128 + stopped_by
     say_end(run)
     return 0
