@@ -20,7 +20,6 @@ import reprlib
 import signal
 import tempfile
 import unicodedata
-import warnings
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from itertools import product
@@ -62,7 +61,7 @@ MAX_SECONDS = 20
 MAX_MEMORY = 2**30
 ENDING = re.compile(r"\.(pkl|npz|pose)$")  # of the pose files that are read
 POINTER = b"version https://git-lfs"
-VIDEO = re.compile(r"\.(mp4|avi|mov|mkv|webm|m4v|mpe?g|wmv)$", re.IGNORECASE)
+VIDEO = re.compile(r"(?i)\.(mp4|avi|mov|mkv|webm|m4v|mpe?g|wmv)$")
 NORMALIZER = sentencepiece.SentencePieceNormalizer(rule_name="nmt_nfkc")  # mT5's
 
 
@@ -347,19 +346,18 @@ class SignLanguageDataset(Dataset):
         # frames in which each clip is played, and the clip that follows it, if any
         self.lengths = np.array([entry["report"].frames for entry in self.entries])
         self.partners = [()] * len(self)
+        self.totals = self.lengths  # of both together
         if self.phase == "train" and self.config.augment:
             rng = np.random.default_rng([self.config.seed, epoch])
             # as often faster as slower
             factors = 1.25 ** rng.uniform(-1, 1, len(self))
             self.lengths = (self.lengths * factors).round().astype(int).clip(4)
+            self.totals = self.lengths.copy()
             # sentences that nobody signed: a sign must be found wherever it stands
             for index, other in enumerate(rng.permutation(len(self)).tolist()):
                 if self._fit(index, other) and rng.random() < self.config.join:
                     self.partners[index] = (other,)
-        # frames of each item
-        self.totals = self.lengths.copy()
-        for index, others in enumerate(self.partners):
-            self.totals[index] += sum(self.lengths[clip] for clip in others)
+                    self.totals[index] += self.lengths[other]
 
     def _fit(self, index, other):
         """Whether two clips can be joined: nothing to be cut, and glosses for both or none."""
@@ -459,15 +457,15 @@ class SignLanguageDataset(Dataset):
 class ClipReport(NamedTuple):
     """What the check found in one pose file; shares are in %."""
 
-    frames: int = 0
-    body: float = 0  # of its joints, those not seen: at or below the threshold, or not finite
-    left: float = 0
-    right: float = 0
-    no_hand: float = 0  # of the frames, those in which neither hand was seen
-    not_finite: int = 0  # joints, among the used ones, with a NaN or Inf
-    in_pixels: bool = False  # still, where load_pose_file had no w_h to divide by
-    digest: str = ""  # of the file's contents
-    odd: tuple = ()  # what looks wrong, for `check`
+    frames: int
+    body: float  # of its joints, those not seen: at or below the threshold, or not finite
+    left: float
+    right: float
+    no_hand: float  # of the frames, those in which neither hand was seen
+    not_finite: int  # joints, among the used ones, with a NaN or Inf
+    in_pixels: bool  # still, where load_pose_file had no w_h to divide by
+    digest: str  # of the file's contents
+    odd: list  # what looks wrong, for `check`
 
 
 def inspect_clip(path):
@@ -548,9 +546,9 @@ def sample_frames(frames, max_length, rng=None):
     if frames <= max_length:
         return np.arange(frames)
     # where in each even step
-    inside = 0.5 if rng is None else rng.random(max_length)
+    inside = 0.5 if rng is None else rng.uniform(0, 0.999, max_length)
     chosen = (np.arange(max_length) + inside) * (frames / max_length)
-    return chosen.astype(int).clip(max=frames - 1)
+    return chosen.astype(int)
 
 
 @np.errstate(all="ignore")  # any numbers may stand there
@@ -585,8 +583,7 @@ def pad_poses(poses):
     """[{body (T, 9, 3), ...}] -> {body (B, T, 9, 3), ..., attention_mask, src_length (B,)}."""
     batch = {}
     for part in PARTS:
-        clips = [pose[part] for pose in poses]
-        batch[part] = pad_sequence(clips, batch_first=True)  # (B, T, V, 3)
+        batch[part] = pad_sequence([pose[part] for pose in poses], batch_first=True)  # (B, T, V, 3)
     lengths = torch.tensor([len(pose["body"]) for pose in poses])  # (B,)
     batch["src_length"] = lengths
     batch["attention_mask"] = (torch.arange(lengths.max()) < lengths[:, None]).long()  # (B, T)
@@ -714,7 +711,7 @@ def read_pose_format(path, raw):
             # each of the body's once: MediaPipe's header has them again, in metres
             joints += [body.pop(name, JOINTS) for name in names]
     if not {5, 6, LEFT[0], RIGHT[0]}.issubset(joints):
-        names = ", ".join(component.name for component in pose.header.components)
+        names = [component.name for component in pose.header.components]
         raise DataError(f"{path}: its header has no shoulders or not both hands, only {names}")
     # the first person; pixels -> 0..1
     size = pose.header.dimensions
@@ -763,10 +760,10 @@ def guarded(read, paths, children=1):
             try:
                 result = readers[turn][1].recv() if resource else outcome(read, path)
             except (EOFError, OSError):  # it ended before a result, or within one
-                _, status = stop_reader(*readers.pop(turn))
+                stop_reader(*readers.pop(turn))
                 result = DataError(
-                    f"{path}: it ended the process that read it (signal {os.WTERMSIG(status)}): it "
-                    f"takes over {MAX_SECONDS} CPU seconds, or is made to crash Python; remove it"
+                    f"{path}: it ended the process that read it: it takes over {MAX_SECONDS} CPU "
+                    "seconds, or is made to crash Python; remove it"
                 )
             yield result
     finally:
@@ -785,7 +782,6 @@ def start_reader(read, paths):
     try:  # in the child, which never comes back to the caller's code
         results.close()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's matter
-        warnings.simplefilter("ignore")
         with suppress(OSError, ValueError):  # Linux alone says what is held; or less is allowed
             pages = int(Path("/proc/self/statm").read_text().split()[0])
             memory = pages * resource.getpagesize() + MAX_MEMORY
@@ -799,7 +795,7 @@ def start_reader(read, paths):
 
 def stop_reader(child, results):
     results.close()  # it ends, if it has not, when it sends the next
-    return os.waitpid(child, 0)
+    os.waitpid(child, 0)
 
 
 def outcome(read, path):
@@ -1026,20 +1022,17 @@ def demo_clip(signs, rng):
     points[:, 91:] = wrists.repeat(21, 1)  # (T, 42)
     points[:, LEFT[1:] + RIGHT[1:]] += fingers
 
-    # the signer's size, tilt, place and aspect; the detector's noise
+    # the signer's size, tilt and place; the detector's noise
     size = rng.uniform(0.14, 0.26)
     points = points * size * np.exp(1j * rng.uniform(-0.14, 0.14))  # up to 8 degrees
     points += complex(-rng.uniform(0.25, 0.4), rng.uniform(0.4, 0.6))
-    keypoints = np.stack([rng.uniform(0.92, 1.08) * points.imag, -points.real], -1)
+    keypoints = np.stack([points.imag, -points.real], -1)
     keypoints += rng.normal(0, size * rng.uniform(0.004, 0.012), keypoints.shape)
     scores = rng.uniform(0.7, 1.0, points.shape)
-    for joints in (LEFT, RIGHT):
-        if rng.random() < 0.3:  # the hand drops out for some frames
-            begin = rng.integers(len(points))
-            scores[begin : begin + 3, joints] = 0.1
+    begin = rng.integers(len(points))  # for three frames a hand drops out
+    scores[begin : begin + 3, rng.choice([LEFT, RIGHT])] = 0.1
     # with the person axis, as Uni-Sign has it
     return {
         "keypoints": np.float32(keypoints)[:, None],
         "scores": np.float32(scores)[:, None],
-        "w_h": [512, 512],
     }

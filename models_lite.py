@@ -77,9 +77,9 @@ def hand_features(hand, wrist, mirror):
     """
     xy, confidence = hand.split([2, 1], -1)  # (B, T, 21, 2), (B, T, 21, 1)
     joints = (confidence > 0).sum((1, 2, 3), keepdim=True)  # (B, 1, 1, 1); the others are zero
-    squares = xy.square().sum((1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
-    rms = (squares / joints.clamp(min=1)).sqrt().clamp(min=1e-3)  # (B, 1, 1, 1)
-    hand = torch.cat([xy / rms, confidence], -1)  # (B, T, 21, 3)
+    # of length 1 over the whole clip, then of root mean square 1
+    xy = F.normalize(xy, dim=(1, 2, 3)) * joints.sqrt()  # (B, T, 21, 2)
+    hand = torch.cat([xy, confidence], -1)  # (B, T, 21, 3)
     if mirror:
         flip = hand.new_tensor([-1.0, 1.0, 1.0])  # x alone
         hand = hand * flip

@@ -32,6 +32,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from sacrebleu.metrics import BLEU, CHRF
+from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -222,13 +223,9 @@ def find_latest_checkpoint(folder):
 
 def load_checkpoint(path):
     """last.pt -> its contents, on the CPU. Raises RunError for what is not one of ours."""
-    # the one thing that --resume of the original meets
-    if Path(path).suffix == ".pth":
-        raise RunError(
-            f"{path}: a checkpoint of the original scripts, of no use here: its front-end averages "
-            "the joints away, its labels are shifted twice. Start anew, without --resume"
-        )
-    with naming(path, "not a readable checkpoint; --auto_resume false starts elsewhere", RunError):
+    # --resume meets the original's, too: of another model, trained on labels shifted twice
+    what = "not a readable checkpoint, or of the original scripts; --auto_resume false starts anew"
+    with naming(path, what, RunError):
         if not os.path.isfile(path):  # to open a pipe would wait for ever
             raise ValueError("it is no file")
         # torch itself would take a flipped bit into the weights
@@ -500,7 +497,7 @@ def choose_folder(config, description):
     folder = base
     number = 1
     # the first folder that is free, or whose run this one goes on with
-    while holds_a_run(folder):
+    while find_latest_checkpoint(folder) or list(folder.glob("best*")):
         if config.auto_resume:
             last = find_latest_checkpoint(folder)
             changed = "its last.pt is missing"
@@ -520,10 +517,6 @@ def choose_folder(config, description):
         number += 1
         folder = base.parent / f"{base.absolute().name}-{number}"  # base may be a link, or "."
     return folder, resumed
-
-
-def holds_a_run(folder):
-    return any((folder / name).exists() for name in ("last.pt", "best", "best.old"))
 
 
 def differences(saved, now):
@@ -961,11 +954,6 @@ def print_validation(run, metrics, rows):
             f"      prediction  {shorten(prediction)}"
         )
     if metrics["step"]:
-        # what a model that knows nothing would score
-        uniform = math.log(len(run.model.codec))
-        loss = metrics["dev_loss"]
-        if not loss <= uniform:  # NaN, too
-            print(f"warning: dev_loss {loss:.2f} is worse than guessing evenly ({uniform:.2f})")
         print(collapse_warning(metrics, [row[3] for row in rows]), end="")
 
 
@@ -1141,7 +1129,7 @@ def write_whole(path, content):
     """Write a text, or the file or folder that content(path) writes, beside path, then rename it.
 
     So path is never half; a crash between a folder's two renames leaves path.old. Raises RunError
-    naming path and the space left.
+    naming path.
     """
     aside = Path(f"{path}.{os.getpid()}.part")
     old = Path(f"{path}.old")
@@ -1160,11 +1148,10 @@ def write_whole(path, content):
         os.replace(aside, path)
         flush_to_disk(path.parent)
         remove(old)
-    except Exception as error:  # of a full disk each library raises its own
+    except (OSError, RuntimeError, SafetensorError) as error:
         remove(aside)
-        free = shutil.disk_usage(path.parent).free / 1e6 if path.parent.is_dir() else 0
         raise RunError(
-            f"could not write {path}: {error} ({free:,.0f} MB are free); what stood there is whole"
+            f"could not write {path}: {error}. Is the disk full? What stood there is whole"
         ) from error
 
 
@@ -1432,9 +1419,8 @@ def make_parser(command):
         words += f" (default: {item.default!r})".replace("%", "%%")
         group.add_argument(*flags, dest=item.name, help=words, **how)
     # these two are the original's
-    hidden = {"action": "store_false", "help": argparse.SUPPRESS}
-    parser.add_argument("--no-resume", dest="auto_resume", **hidden)
-    parser.add_argument("--no-tensorboard", dest="use_tensorboard", **hidden)
+    parser.add_argument("--no-resume", dest="auto_resume", action="store_false")
+    parser.add_argument("--no-tensorboard", dest="use_tensorboard", action="store_false")
     return parser
 
 
@@ -1475,7 +1461,6 @@ def main(argv):
     """Run a command; returns the exit code. What the user can mend is one message, no traceback."""
     try:
         command, config, inference, args = parse(argv)
-
         return COMMANDS[command](config, inference, args)
     except BrokenPipeError:  # `| head`: end quietly, as SIGPIPE would
         return 128 + 13

@@ -699,7 +699,9 @@ def test_after_a_crash_best_old_is_as_good(tmp_path):
             (tmp_path / name / file).write_bytes(b"x")
 
     make("run/best.old")
-    assert train_lite.holds_a_run(tmp_path / "run")
+    config = scratch_config(output_dir=str(tmp_path / "run"))
+    with pytest.raises(ConfigError, match="holds another run.*last.pt is missing"):
+        train_lite.choose_folder(config, {})
     assert find_best(tmp_path / "run") == tmp_path / "run" / "best.old"
     assert find_best(tmp_path / "run" / "best") == tmp_path / "run" / "best.old"
     make("run/best")
@@ -1019,6 +1021,11 @@ def test_a_clip_is_counted_by_hand(tmp_path):
     assert datasets_lite.inspect_clip(path).in_pixels
 
 
+def clip_report(frames, no_hand=0):
+    """Of a clip in which nothing else is amiss."""
+    return ClipReport(frames, 0, 0, 0, no_hand, 0, False, "", [])
+
+
 def split_of(reports, texts, max_length=20):
     entries = []
     for number, (report, text) in enumerate(zip(reports, texts)):
@@ -1030,13 +1037,13 @@ def split_of(reports, texts, max_length=20):
 
 def test_the_figures_of_check_by_hand():
     reports = [
-        ClipReport(10, 8, 4, 0, 20, 2, True),
-        ClipReport(30, 12, 6, 20, 30, 1, False),
+        ClipReport(10, 8, 4, 0, 20, 2, True, "", []),
+        ClipReport(30, 12, 6, 20, 30, 1, False, "", []),
     ]
     codec = SimpleNamespace(max_text_length=3, unknown=2, ids=lambda text: [*map(int, text), 1])
     data = {
         "train": split_of(reports, ["34", "5678"]),
-        "dev": split_of([ClipReport(20, no_hand=55)] * 20, ["34", "92"] + ["3"] * 18),
+        "dev": split_of([clip_report(20, no_hand=55)] * 20, ["34", "92"] + ["3"] * 18),
     }
     assert train_lite.data_report(data, codec).splitlines() == [
         "train: 2 clips, frames 20 (11 to 29), 50.0 % over max_length 20; 1 in pixels",
@@ -1059,7 +1066,7 @@ def test_the_figures_of_check_by_hand():
 
 
 def test_few_long_clips_are_no_warning():
-    reports = [ClipReport(20)] * 19 + [ClipReport(21)]
+    reports = [clip_report(20)] * 19 + [clip_report(21)]
     report = train_lite.data_report({"dev": split_of(reports, ["3"] * 20)}, None)
     assert "warning" not in report
 
@@ -1071,7 +1078,7 @@ def plan_of(clips, capsys, texts=None, **options):
     if texts:
         dev.entries = []
         for number, text in enumerate(texts):
-            dev.entries.append({**entry(f"c{number}", text), "report": ClipReport(20)})
+            dev.entries.append({**entry(f"c{number}", text), "report": clip_report(20)})
     run.data = {"train": clips, "dev": dev}
     capsys.readouterr()
     train_lite.print_plan(run)
@@ -1172,7 +1179,7 @@ def test_speeds_are_drawn_by_clip_epoch_and_seed_evenly_between_slower_and_faste
     dataset = SignLanguageDataset(label, scratch_config(augment=True, join=0.0), "train")
     dataset.config.max_length = 10**6
     for labelled in dataset.entries:
-        labelled["report"] = ClipReport(10_000)
+        labelled["report"] = clip_report(10_000)
 
     def lengths(epoch):
         dataset.begin_epoch(epoch)

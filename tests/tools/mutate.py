@@ -128,7 +128,7 @@ TABLE = {
         ],
         BITES + "middle": [
             ("inside = 0.5 if", "inside = 0.0 if"),
-            ("else rng.random(max_length)", "else rng.random()"),
+            ("else rng.uniform(0, 0.999, max_length)", "else rng.uniform(0, 0.999)"),
             ("* (frames / max_length)", "* (frames // max_length)"),
         ],
         DATASETS + "evaluation_never or varies_training": [
@@ -144,7 +144,7 @@ TABLE = {
             ("self._one_clip(clip) for clip", "self._one_clip(index) for clip"),
             ("sum(glosses, [])", "glosses[0]"),
             ("between.join(texts)", "texts[0]"),
-            ("+= sum(self.lengths[clip] for clip in others)", "+= 0"),
+            ("+= self.lengths[other]", "+= 0"),
             ("rng.permutation(len(self)).tolist()):", "range(len(self))):"),
         ],
         DATASETS + "left_out_and_listed": [
@@ -211,7 +211,7 @@ TABLE = {
         ],
         BITES + "root_mean_square": [
             ("(confidence > 0).sum(", "(confidence >= 0).sum("),
-            ("joints.clamp(min=1)).sqrt()", "joints.clamp(min=1))"),
+            ("* joints.sqrt()", "* joints"),
         ],
         BITES + "docstring_draws": [
             ("*hands.chunk(2)]", "*reversed(hands.chunk(2))]"),
@@ -431,7 +431,12 @@ TABLE = {
             ("os.fsync(handle)", "pass"),
             ("        os.close(handle)\n", ""),
         ],
-        BITES + "best_old": [('("last.pt", "best", "best.old")', '("last.pt", "best")')],
+        BITES + "best_old": [
+            (
+                'find_latest_checkpoint(folder) or list(folder.glob("best*"))',
+                "find_latest_checkpoint(folder)",
+            )
+        ],
         BITES + "dead_process": [('folder.glob("*.part")', 'folder.glob("*.tmp")')],
         BITES + "goes_on": [
             ('"labels": self.labels,', ""),
@@ -476,7 +481,6 @@ TABLE = {
         ],
         BITES + "lock_that_is": [('folder / ".lock", "a")', 'folder / ".lock", "w")')],
         BITES + "percent": [('.replace("%", "%%")', "")],
-        BITES + "is_gone": [(" if path.parent.is_dir() else 0", "")],
         BITES + "speak_over": [('if device.type == "cuda" else "gloo"', "")],
         BITES + "passed_by": [
             (
@@ -586,7 +590,6 @@ TABLE = {
             ('if config.language == "zh" and', "if"),
             ("max(dev_texts) <", "min(dev_texts) <"),
         ],
-        TRAIN + "worse_than_guessing": [("not loss <= uniform", "False")],
         TRAIN + "epochs_gets_epochs": [('values["max_steps"] = 0', "pass")],
     },
 }
