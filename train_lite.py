@@ -515,7 +515,8 @@ def choose_folder(config, description):
                 )
             print(f"{folder} holds another run ({changed})")
         number += 1
-        folder = base.parent / f"{base.absolute().name}-{number}"  # base may be a link, or "."
+        # abspath: base may be a link, or ".."
+        folder = base.parent / f"{Path(os.path.abspath(base)).name}-{number}"
     return folder, resumed
 
 
