@@ -4,7 +4,7 @@ One worked example, as a clip goes through:
     train_00000.pkl      {"keypoints": (T, 1, 133, 2), "scores": (T, 1, 133)}, COCO-WholeBody
     -> load_pose_file    keypoints (T, 133, 2), x right, y down; scores (T, 133)
     -> load_part_kp      body (T, 9, 3): joints 0, 3-10 in one box for the clip, x, y -1..1
-                         left (T, 21, 3): joints 91-111 minus joint 91; right: 112-132 minus 112
+                         left (T, 21, 3): joints 91-111 minus joint 91, over the box; right: 112-132
     -> collate_fn        body (B, T, 9, 3), left and right (B, T, 21, 3), zeros after the end
 The third channel is the confidence, 0..1. A joint that was not seen (confidence at most 0.3, NaN,
 Inf) is zero in all three.
@@ -233,8 +233,8 @@ def load_part_kp(skeletons, confs):
     """skeletons (T, 133, 2), confs (T, 133) -> {body (T, 9, 3), left, right (T, 21, 3)}, float32.
 
     The body goes through `crop_scale`. A hand is taken relative to its own first joint, divided by
-    the body's scale and clipped to -1..1; in a frame where that joint was not seen it is all zero.
-    The model brings it to its own scale (models_lite.hand_features).
+    the longer side of the body's box and clipped to -1..1; in a frame where that joint was not seen
+    it is all zero. The model brings it to its own scale (models_lite.hand_features).
     """
     # half precision could not hold every scale
     skeletons = np.asarray(skeletons, np.float32)

@@ -1,6 +1,7 @@
 """From batches to a loss or to text: front-end, mT5, and the vocabulary between ids and strings.
 
     body (B, T, 9, 3), left, right (B, T, 21, 3)
+    -> hand_features   each hand at its own scale, the left one flipped, and the body's wrist
     -> part_features   each joint's place, confidence and velocity, flattened: no joint is lost
     -> pose_embed      one linear layer for the body, one that both hands share
     -> fusion          the three parts of a frame together
@@ -8,7 +9,8 @@
     -> proj            temporal_stride frames -> one input position of mT5, layer_norm, position
     -> mT5 encoder     -> [CTC on glosses] -> mT5 decoder -> loss or text
 
-B clips, T frames, T' = ceil(T / temporal_stride) positions, V joints, L pieces;
+B clips, T frames, T' = ceil(T / temporal_stride) positions, V joints; a text has L pieces (tokens)
+of those that the vocabulary has;
 mask: 1 = real, 0 = padding.
 """
 
@@ -71,9 +73,9 @@ def part_features(part):
 def hand_features(hand, wrist, mirror):
     """hand (B, T, 21, 3), the body's wrist (B, T, 3) -> (B, T, 108): the shape, then its place.
 
-    As load_part_kp gives it a hand is in the body's scale, and small: its shape is divided by its
-    root mean square distance from the wrist over the clip. The left hand is mirrored: the layer
-    that both share sees like shapes.
+    As load_part_kp gives it a hand is over the body's box, and small: its shape is divided by its
+    root mean square distance from its own first joint over the clip. The left hand is flipped: the
+    layer that both share sees like shapes.
     """
     xy, confidence = hand.split([2, 1], -1)  # (B, T, 21, 2), (B, T, 21, 1)
     joints = (confidence > 0).sum((1, 2, 3), keepdim=True)  # (B, 1, 1, 1); the others are zero
@@ -182,7 +184,7 @@ class SignLanguageLite(nn.Module):
         # not reentrant: the frozen blocks' inputs need no gradient
         if config.gradient_checkpointing:
             self.mt5_model.gradient_checkpointing_enable({"use_reentrant": False})
-        if not saved:
+        if not saved:  # to use; a run that goes on comes this way, too
             self._freeze_mt5_layers()
 
     def _init_weights(self):
@@ -196,7 +198,8 @@ class SignLanguageLite(nn.Module):
     def _freeze_mt5_layers(self):
         """Choose what of mT5 trains (review, step 1); the front-end always does. Idempotent."""
         mt5 = self.mt5_model
-        # 1) all of mT5 trains: poses are not text, so the encoder must adapt; head and norms always
+        # 1) all of mT5 trains: poses are not text, so the encoder must adapt; always so head and
+        # final norms
         mt5.requires_grad_(True)
         if self.config.mt5_path:  # from scratch there is no language to keep
             # 2) the first decoder blocks keep their language
@@ -276,6 +279,7 @@ class SignLanguageLite(nn.Module):
             scores = self.gloss_head(hidden).float().log_softmax(-1)  # (B, T', classes)
             if self.training:
                 ctc = self._ctc_loss(scores, mask, tgt_input["gt_gloss"])
+                # over text tokens, as the rest: `micro_batch` multiplies by them again
                 loss = loss + self.config.ctc_weight * ctc / tokens
             else:
                 gloss = self._read_gloss(scores, mask)

@@ -715,7 +715,7 @@ def rest_of_epoch(run):
     """Yield the micro-batches of this epoch that are still to do, as long as the budget lasts.
 
     Each is (number among the epoch's batches of all processes, whether it counts, src_input,
-    tgt_input, whether it is the last of its window: an optimiser step follows). One that does not
+    tgt_input, whether an optimiser step is due: it is the last of its window). One that does not
     count only keeps this process in step with the others.
     """
     # order and speeds follow from seed and epoch: an interrupted epoch is the same again
@@ -904,14 +904,14 @@ def pace(run):
 
 
 def save_last(run):
-    """Write last.pt: before step 1, after each epoch, after 15 minutes within one, at a signal."""
+    """Write last.pt: before step 1, as an epoch or the run ends, after 15 minutes, at a signal."""
     if run.place.rank == 0:
         save_checkpoint(run.folder / "last.pt", run)
     run.saved_at = time.monotonic()
 
 
 def validate(run):
-    """Score dev, print and write what came out, and replace best/ where it is the best so far."""
+    """Score dev, print and write what came out, and replace best/ where `Run.best` picks it."""
     scored = None
     if run.place.rank == 0:  # the others wait
         # several processes stop at an optimiser step, together

@@ -104,8 +104,9 @@ def test_a_hand_is_divided_by_its_root_mean_square_over_the_seen_joints():
     assert torch.allclose(shape[0, ..., :3], wanted, atol=1e-6)
 
 
-@pytest.mark.parametrize("index", [0, 1, 2, 3])
-def test_the_front_end_is_what_its_docstring_draws(clips, index):
+@pytest.mark.parametrize("odd", [0, 1])  # an odd number of frames is filled up to pairs
+def test_the_front_end_is_what_its_docstring_draws(clips, odd):
+    index = next(i for i, frames in enumerate(clips.lengths) if frames % 2 == odd)
     model = scratch_model(clips)
     src_input, _ = batch_of(clips, [index])
     body, left, right = (src_input[part] for part in ("body", "left", "right"))
