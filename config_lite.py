@@ -217,7 +217,7 @@ class ScratchConfig(TrainConfig):
 
     # a vocabulary learnt from the texts, an mT5 of d_model and num_layers
     mt5_path: str = ""
-    # halves of a step: clips that are joined, and single ones, each with little padding
+    # the longer half of a step's clips, mostly joined ones, then the others: little padding
     batch_size: int = 16
     gradient_accumulation: int = 2
     # steps stay steps at a third of the data

@@ -322,7 +322,7 @@ class SignLanguageDataset(Dataset):
         return len(self.entries)
 
     def __getitem__(self, index):
-        clips = [self._one_clip(clip) for clip in (index, *self.partners[index])]
+        clips = [self._load_pose(clip) for clip in (index, *self.partners[index])]
         names, poses, texts, glosses = zip(*clips)
         pose = {}
         for part in PARTS:
@@ -330,7 +330,7 @@ class SignLanguageDataset(Dataset):
         between = "" if self.config.language in NO_SPACES else " "
         return " + ".join(names), pose, between.join(texts), sum(glosses, [])
 
-    def _one_clip(self, index):
+    def _load_pose(self, index):
         rng = None
         if self.phase == "train":
             # from seed, epoch and clip alone, so the same whatever process draws it
@@ -387,9 +387,11 @@ class SignLanguageDataset(Dataset):
         # the pose as named, then its name and the entry's with each ending
         stems = [entry["pose"], ENDING.sub("", entry["pose"]), VIDEO.sub("", entry["name"])]
         folder = self.label_path.parent / "pose_format"
-        forms = ("NFC", "NFD")  # as most write it, as macOS does
+        forms = ("", "NFC", "NFD")  # as most write it, as macOS does
         for stem, ending, form in product(stems, ("", ".pkl", ".npz", ".pose"), forms):
-            name = unicodedata.normalize(form, stem + ending)
+            name = stem + ending
+            if form:
+                name = unicodedata.normalize(form, name)
             # False, too, for what can be no file's name
             if os.path.isfile(folder / name) and not leads_out(name):
                 return folder / name
@@ -636,7 +638,7 @@ def parse_pose(path, raw):
             )
         start = data.get("start")
         end = data.get("end")
-        with naming(path, f"start {start!r}, end {end!r} select no frame of {len(scores)}"):
+        with naming(path, f"start {start!r}, end {end!r} are no range within {len(scores)} frames"):
             keypoints = keypoints[start:end, :, :2]  # (T, 133, 2)
             scores = scores[start:end, :, 0]  # (T, 133)
             if not len(scores) or min(start or 0, end or 0) < 0:
@@ -705,14 +707,14 @@ def read_pose_format(path, raw):
     for component in pose.header.components:
         kind = component.name.lower()
         names = [re.sub("_|eft|ight", "", point.lower()) for point in component.points]
-        if "hand" in kind and len(names) == len(LEFT):
+        if "world" in kind:  # the same again, in metres
+            joints += [JOINTS] * len(names)
+        elif "hand" in kind and len(names) == len(LEFT):
             joints += LEFT if "left" in kind else RIGHT
         else:
-            # each of the body's once: MediaPipe's header has them again, in metres
-            joints += [body.pop(name, JOINTS) for name in names]
+            joints += [body.get(name, JOINTS) for name in names]
     if not {5, 6, LEFT[0], RIGHT[0]}.issubset(joints):
-        names = [component.name for component in pose.header.components]
-        raise DataError(f"{path}: its header has no shoulders or not both hands, only {names}")
+        raise DataError(f"{path}: its header has no shoulders or not both hands")
     # the first person; pixels -> 0..1
     size = pose.header.dimensions
     places = np.asarray(pose.body.data)[:, 0, :, :2]  # (T, points, 2)
@@ -803,7 +805,7 @@ def outcome(read, path):
     try:
         with naming(path, "cannot be read"):
             result = read(path)
-            check_size(path, len(pickle.dumps(result)), "unpacks to")
+            check_size(path, len(pickle.dumps(result)))
             return result
     except DataError as error:
         return error
@@ -833,9 +835,9 @@ def naming(path, what, kind=DataError):
         raise kind(f"{path}: {what} ({reason:.400})") from error
 
 
-def check_size(path, size, what="holds"):
+def check_size(path, size):
     if size > MAX_BYTES:
-        raise DataError(f"{path}: {what} {size:,} bytes, over {MAX_BYTES:,}; is it the right file?")
+        raise DataError(f"{path}: holds {size:,} bytes, over {MAX_BYTES:,}; is it the right file?")
 
 
 def read_bytes(path, missing="no such pose file"):

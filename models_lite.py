@@ -79,8 +79,8 @@ def hand_features(hand, wrist, mirror):
     """
     xy, confidence = hand.split([2, 1], -1)  # (B, T, 21, 2), (B, T, 21, 1)
     joints = (confidence > 0).sum((1, 2, 3), keepdim=True)  # (B, 1, 1, 1); the others are zero
-    # of length 1 over the whole clip, then of root mean square 1
-    xy = F.normalize(xy, dim=(1, 2, 3)) * joints.sqrt()  # (B, T, 21, 2)
+    # of length 1 over the whole clip, then of root mean square 1; jitter alone stays small
+    xy = F.normalize(xy, dim=(1, 2, 3), eps=0.02) * joints.sqrt()  # (B, T, 21, 2)
     hand = torch.cat([xy, confidence], -1)  # (B, T, 21, 3)
     if mirror:
         flip = hand.new_tensor([-1.0, 1.0, 1.0])  # x alone

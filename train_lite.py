@@ -743,10 +743,10 @@ def plan_epoch(data, config, rank=0, world=1):
 
     A window: the clips that one optimiser step sees. From seed and epoch alone, pools of 16 windows
     are sorted by length and cut into windows, which come in random order, a short one last: a
-    step's clips do not depend on how micro-batches and processes divide it. Within a window joined
-    clips come before single ones: batches are of like length, windows are mixed. Process `rank` of
-    `world` takes every world-th batch of a window; where that does not come out even, it repeats
-    one that does not count.
+    step's clips do not depend on how micro-batches and processes divide it. Within a window the
+    longest come first, mostly the joined ones: batches are of like length, windows are mixed.
+    Process `rank` of `world` takes every world-th batch of a window; where that does not come out
+    even, it repeats one that does not count.
     """
     rng = np.random.default_rng([config.seed, data.epoch])
     size = config.batch_size * config.gradient_accumulation * world  # clips in a window
@@ -894,7 +894,7 @@ def after_step(run):
 
 
 def pace(run):
-    """How training goes since the last validation; before its first step all is 0."""
+    """How training goes since the last validation; before its first step no clip was seen."""
     seconds = max(run.meter["waited"] + run.meter["computed"], 1e-9)
     return {
         "lr": run.schedulers[0].get_last_lr()[0],
@@ -1415,7 +1415,7 @@ def make_parser(command):
         if choices:
             how = {"type": type(choices[0]), "choices": choices}
         elif item.type is bool:  # the flag alone says true
-            how = {"type": string_to_bool, "nargs": "?", "const": True, "metavar": "true|false"}
+            how = {"type": string_to_bool, "nargs": "?", "const": True}
         words = item.metadata.get("help", "")  # none where a user wrote a plain default
         words += f" (default: {item.default!r})".replace("%", "%%")
         group.add_argument(*flags, dest=item.name, help=words, **how)
@@ -1436,7 +1436,7 @@ def parse(argv):
     if "run" in given:  # as it was trained
         path = find_best(args.run) / "config.json"
         with naming(path, "not a run's configuration"):
-            values = dict(json.loads(path.read_bytes()))
+            values = json.loads(path.read_bytes())
             # what another machine had says nothing of this one
             values.pop("num_workers", None)
             if values.get("device") == "cuda":

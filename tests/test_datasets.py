@@ -2269,6 +2269,15 @@ def test_clips_are_joined_in_augmented_training_alone_and_never_beyond_max_lengt
         assert len(body_of(dataset, index)) == frames <= 60
 
 
+def test_a_name_in_no_normal_form_is_found_as_it_is_written(tmp_path):
+    name = "\u00ea\u0301"  # a Vietnamese keyboard's: neither NFC nor NFD
+    keypoints, scores = random_clip(12)
+    label = write_corpus(tmp_path, {name: (keypoints, scores)})
+    (tmp_path / "pose_format" / f"{name}.pkl").unlink()
+    np.savez(tmp_path / "pose_format" / f"{name}.npz", keypoints=keypoints, scores=scores)
+    assert len(SignLanguageDataset(label, scratch_config(), "dev")) == 1
+
+
 def test_an_epochs_lengths_are_those_of_its_augmented_clips(demo):
     """The sampler sorts by them: were they off, batches would be padded more.
 

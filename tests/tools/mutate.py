@@ -141,7 +141,7 @@ TABLE = {
             (" and characters <= self.config.max_text_length", ""),
             ("rng.random() < self.config.join", "rng.random() > self.config.join"),
             ('between = "" if', 'between = " " if'),
-            ("self._one_clip(clip) for clip", "self._one_clip(index) for clip"),
+            ("self._load_pose(clip) for clip", "self._load_pose(index) for clip"),
             ("sum(glosses, [])", "glosses[0]"),
             ("between.join(texts)", "texts[0]"),
             ("+= self.lengths[other]", "+= 0"),
