@@ -178,7 +178,7 @@ TABLE = {
             ("if size > MAX_BYTES:", "if size >= MAX_BYTES:"),
         ],
         BITES + "unpacks_to": [
-            ("check_size(path, len(pickle.dumps(result)),", "check_size(path, 0,")
+            ("check_size(path, len(pickle.dumps(result)))", "check_size(path, 0)")
         ],
         BITES + "every_core": [
             ("list(todo.values()), os.cpu_count())", "list(todo.values()), 1)"),
@@ -488,7 +488,7 @@ TABLE = {
                 'saved = load_checkpoint(last)["config"]',
             )
         ],
-        BITES + "working_folder": [("{base.absolute().name}-", "{base.name}-")],
+        BITES + "working_folder": [("{Path(os.path.abspath(base)).name}-", "{base.name}-")],
         BITES + "rate_ends": [("if run.step + 1 < run.total_steps:", "if True:")],
         BITES + "muon": [
             ('"proj", "mt5_model.encoder.block")', '"proj")'),
