@@ -331,6 +331,7 @@ class SignLanguageDataset(Dataset):
         return " + ".join(names), pose, between.join(texts), sum(glosses, [])
 
     def _load_pose(self, index):
+        """One clip, as it is played in this epoch -> its name, pose, text and gloss."""
         rng = None
         if self.phase == "train":
             # from seed, epoch and clip alone, so the same whatever process draws it
@@ -387,7 +388,7 @@ class SignLanguageDataset(Dataset):
         # the pose as named, then its name and the entry's with each ending
         stems = [entry["pose"], ENDING.sub("", entry["pose"]), VIDEO.sub("", entry["name"])]
         folder = self.label_path.parent / "pose_format"
-        forms = ("", "NFC", "NFD")  # as most write it, as macOS does
+        forms = ("", "NFC", "NFD")  # as it stands there, as most write it, as macOS does
         for stem, ending, form in product(stems, ("", ".pkl", ".npz", ".pose"), forms):
             name = stem + ending
             if form:
