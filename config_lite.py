@@ -53,7 +53,7 @@ class TrainConfig:
     max_steps: int = option(0, "optimiser steps; 0 = epochs decide")
     # for pretrained weights; from scratch it is too low, see ScratchConfig
     learning_rate: float = option(
-        2e-4, "peak rate of the optimisers", least=1e-12, most=1, aliases=["--lr"]
+        2e-4, "peak rate of AdamW; Muon's is 4 times as high", least=1e-12, most=1, aliases=["--lr"]
     )
     weight_decay: float = option(0.01, "decoupled decay; norms and biases are spared")
     # from scratch it learns more from few takes (tests/RESULTS.md); with pretrained weights untried
@@ -113,7 +113,7 @@ class TrainConfig:
     )
     # a sign is learnt apart from its clip: the strongest help, but for two takes of known people
     join: float = option(
-        0.5, "share of augmented clips to which another is joined; 0 = off", most=1
+        0.5, "share of augmented clips to which another is joined, from epoch 3 on; 0 = off", most=1
     )
     on_bad_clip: Literal["error", "skip"] = option("error", "stop at bad clips, or leave them out")
 
@@ -221,7 +221,7 @@ class ScratchConfig(TrainConfig):
     batch_size: int = 16
     gradient_accumulation: int = 2
     # steps stay steps at a third of the data
-    max_steps: int = 600
+    max_steps: int = 450
     learning_rate: float = 1e-3
     muon: str = "all"
     # glosses are the strongest help that a small corpus has

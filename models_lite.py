@@ -3,10 +3,11 @@
     body (B, T, 9, 3), left, right (B, T, 21, 3)
     -> hand_features   each hand at its own scale, the left one flipped, and the body's wrist
     -> part_features   each joint's place, confidence and velocity, flattened: no joint is lost
-    -> pose_embed      one linear layer for the body, one that both hands share
+    -> pose_embed      each feature standardised over the training clips, then one linear layer for
+                       the body, one that both hands share
     -> fusion          the three parts of a frame together
-    -> temporal        residual convolutions over time, padding masked
-    -> proj            temporal_stride frames -> one input position of mT5, layer_norm, position
+    -> proj            temporal_stride frames -> one input position of mT5
+    -> temporal        residual convolutions over time, padding masked; layer_norm, position
     -> mT5 encoder     -> [CTC on glosses] -> mT5 decoder -> loss or text
 
 B clips, T frames, T' = ceil(T / temporal_stride) positions, V joints; a text has L pieces (tokens)
@@ -89,20 +90,43 @@ def hand_features(hand, wrist, mirror):
     return torch.cat([part_features(hand), wrist], -1)  # (B, T, 108)
 
 
+class StandardisedLinear(nn.Linear):
+    """A linear layer behind (x - mean) / deviation; both are 0 and 1 until `fit` finds better ones.
+
+    What is always there (where a shoulder lies) is many times what changes (a finger's velocity),
+    and without this most of the first thousand clips teach no more than to tell them apart.
+    """
+
+    def __init__(self, in_features, out_features):
+        super().__init__(in_features, out_features)
+        self.register_buffer("mean", torch.zeros(in_features))
+        self.register_buffer("deviation", torch.ones(in_features))
+
+    def fit(self, x):
+        """x (frames, in_features): of the training clips."""
+        self.mean.copy_(x.mean(0))
+        # a feature that hardly moves must not become noise; most deviate by 0.02 to 0.5
+        self.deviation.copy_(x.std(0) + 0.1)
+
+    def forward(self, x):
+        """x (..., in_features) -> (..., out_features)."""
+        return super().forward((x - self.mean) / self.deviation)
+
+
 class TemporalBlock(nn.Module):
-    """x + a convolution over 5 frames of norm(x); beyond a clip's end it reads zeros."""
+    """x + a convolution over 5 positions of norm(x); beyond a clip's end it reads zeros."""
 
     def __init__(self, width):
         super().__init__()
-        self.norm = nn.LayerNorm(width)  # per frame: padding and other clips do not count
+        self.norm = nn.LayerNorm(width)  # per position: padding and other clips do not count
         self.conv = nn.Conv1d(width, width, kernel_size=5, padding=2)
         self.linear = nn.Linear(width, width)
         self.dropout = nn.Dropout(0.1)
 
     def forward(self, x, mask):
-        """x (B, T, width), mask (B, T, 1) -> (B, T, width)."""
+        """x (B, T', width), mask (B, T', 1) -> (B, T', width)."""
         h = self.norm(x) * mask
-        h = self.conv(h.mT).mT  # over (B, width, T) -> (B, T, width)
+        h = self.conv(h.mT).mT  # over (B, width, T') -> (B, T', width)
         return x + self.dropout(self.linear(F.gelu(h)))
 
 
@@ -163,13 +187,13 @@ class SignLanguageLite(nn.Module):
         # poses: from joints to mT5's input
         self.pose_embed = nn.ModuleDict(
             {
-                "body": nn.Linear(5 * len(BODY), d_model),
-                "hand": nn.Linear(5 * len(LEFT) + 3, d_model),
+                "body": StandardisedLinear(5 * len(BODY), d_model),
+                "hand": StandardisedLinear(5 * len(LEFT) + 3, d_model),
             }
         )
         self.fusion = nn.Linear(3 * d_model, d_model)
-        self.temporal = nn.ModuleList([TemporalBlock(d_model), TemporalBlock(d_model)])
         self.proj = nn.Linear(config.temporal_stride * d_model, d_model)
+        self.temporal = nn.ModuleList([TemporalBlock(d_model), TemporalBlock(d_model)])
         self.layer_norm = nn.LayerNorm(d_model)
         positions = math.ceil(config.max_length / config.temporal_stride)
         self.position = SinusoidalPositionalEncoding(d_model, positions, config.position_encoding)
@@ -222,9 +246,23 @@ class SignLanguageLite(nn.Module):
             trainable = sum(p.numel() for p in part.parameters() if p.requires_grad)
             print(f"  {name:14} {total:>13,} parameters, {trainable:>13,} trainable")
 
+    @torch.no_grad()
+    def standardise(self, src_input):
+        """Take each pose feature's mean and deviation from these clips, once, before training."""
+        body, hands = self.pose_features(src_input)
+        real = src_input["attention_mask"].bool()  # (B, T)
+        self.pose_embed["body"].fit(body[real])
+        self.pose_embed["hand"].fit(hands[torch.cat([real, real])])
+
+    def pose_features(self, src_input):
+        """-> body (B, T, 45), both hands (2 B, T, 108): the left ones, then the right ones."""
+        body = src_input["body"]  # (B, T, 9, 3)
+        left = hand_features(src_input["left"], body[:, :, LEFT_WRIST], mirror=True)
+        right = hand_features(src_input["right"], body[:, :, RIGHT_WRIST], mirror=False)
+        return part_features(body), torch.cat([left, right])
+
     def encode_pose(self, src_input):
         """-> embeddings (B, T', d_model), mask (B, T'). Raises ConfigError beyond max_length."""
-        body = src_input["body"]  # (B, T, 9, 3)
         mask = src_input["attention_mask"]  # (B, T)
         B, T = mask.shape
         stride = self.config.temporal_stride
@@ -234,24 +272,23 @@ class SignLanguageLite(nn.Module):
                 ": sample it down (sample_frames does)"
             )
 
-        # joints -> one vector a part; both hands (B, T, 108) in one call: they share the layer
-        left = hand_features(src_input["left"], body[:, :, LEFT_WRIST], mirror=True)
-        right = hand_features(src_input["right"], body[:, :, RIGHT_WRIST], mirror=False)
-        hands = self.pose_embed["hand"](torch.cat([left, right]))  # (2 B, T, d_model)
-        body = self.pose_embed["body"](part_features(body))  # (B, T, d_model)
+        # joints -> one vector a part; both hands in one call: they share the layer
+        body, hands = self.pose_features(src_input)  # (B, T, 45), (2 B, T, 108)
+        body = self.pose_embed["body"](body)  # (B, T, d_model)
+        hands = self.pose_embed["hand"](hands)  # (2 B, T, d_model)
 
-        # parts -> one vector a frame, which sees its neighbours in time
+        # parts -> one vector a frame
         parts = torch.cat([body, *hands.chunk(2)], -1)  # (B, T, 3 d_model)
         x = self.fusion(F.gelu(parts))  # (B, T, d_model)
-        real = mask[..., None]  # (B, T, 1)
-        for block in self.temporal:
-            x = block(x, real)
 
-        # frames -> input positions of mT5
-        x = F.pad(x * real, (0, 0, 0, -T % stride))  # (B, T' stride, d_model)
-        x = x.reshape(B, -1, self.proj.in_features)  # (B, T', stride d_model)
-        x = self.layer_norm(self.proj(x))  # (B, T', d_model)
-        return self.position(x), mask[:, ::stride]  # (B, T', d_model), (B, T')
+        # frames -> input positions of mT5, which see their neighbours in time
+        x = F.pad(x * mask[..., None], (0, 0, 0, -T % stride))  # (B, T' stride, d_model)
+        x = self.proj(x.reshape(B, -1, self.proj.in_features))  # (B, T', d_model)
+        mask = mask[:, ::stride]  # (B, T')
+        for block in self.temporal:
+            x = block(x, mask[..., None])  # (B, T', d_model)
+        x = self.layer_norm(x)  # (B, T', d_model)
+        return self.position(x), mask
 
     def forward(self, src_input, tgt_input):
         """One batch -> loss (differentiated, per target token), nll (the plain one, detached),
@@ -356,8 +393,10 @@ class SignLanguageLite(nn.Module):
     # --- there and back: weights, and a folder that holds a whole model ---
 
     def state_to_save(self):
-        """Parameters by name, the shared table once; the tensors are the model's own."""
-        return {name: value.detach() for name, value in self.named_parameters()}
+        """Tensors by name, the shared table once; they are the model's own."""
+        state = {name: value.detach() for name, value in self.named_parameters()}
+        # with the features' means and deviations
+        return state | self.pose_embed.state_dict(prefix="pose_embed.")
 
     def load_saved(self, state):
         """Load what `state_to_save` gave. DataError where names, shapes or types differ."""

@@ -1,7 +1,8 @@
 """What the network must beat: the nearest training clip, a linear layer, a recurrent network.
 
-Both read the features that the product's first layers read. Like every way to run a row, each takes
-the configuration and the run's folder, and gives {"curve": [scores of dev, ...], "test": scores}.
+All read the features that the product's first layers read, standardised as there. Like every way to
+run a row, each takes the configuration and the run's folder, and gives {"curve": [scores of dev,
+...], "test": scores}.
 """
 
 import math
@@ -16,7 +17,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.data import DataLoader
 
 from datasets_lite import LEFT_WRIST, RIGHT_WRIST
-from models_lite import hand_features, part_features
+from models_lite import StandardisedLinear, hand_features, part_features
 from train_lite import compute_metrics, make_optimizers
 
 SPLITS = ("train", "dev", "test")
@@ -40,24 +41,38 @@ def texts_of(data):
 def nearest(config, folder):
     """The text of the closest training clip, every clip resampled to 32 frames."""
     train = load_split(config, "train")
-    train_vectors = clip_vectors(train)
+    standard = standardised(train)
+    train_vectors = clip_vectors(train, standard)
     train_texts = texts_of(train)
     scores = {}
     for split in ("dev", "test"):
         data = load_split(config, split)
-        closest = torch.cdist(clip_vectors(data), train_vectors).argmin(1)  # (clips)
+        closest = torch.cdist(clip_vectors(data, standard), train_vectors).argmin(1)  # (clips)
         found = [train_texts[i] for i in closest]
         scores[split] = compute_metrics(found, texts_of(data), config.language)
     note(f"{train_vectors.shape[1]:,} figures a clip")
     return {"curve": [{"step": 0, **scores["dev"]}], "test": scores["test"]}
 
 
-def clip_vectors(data, frames=32):
+def standardised(train, width=1):
+    """A layer that has the features' means and deviations over the training clips."""
+    frames = []
+    for i in range(len(train)):
+        src_input, _ = train.collate_fn([train[i]])
+        frames.append(features(src_input)[0])  # (T, F)
+    frames = torch.cat(frames)  # (all frames, F)
+    layer = StandardisedLinear(frames.shape[1], width)
+    layer.fit(frames)
+    return layer
+
+
+def clip_vectors(data, standard, frames=32):
     """A data set's clips, each as one vector: (clips, F * frames)."""
     vectors = []
     for i in range(len(data)):
         src_input, _ = data.collate_fn([data[i]])
-        clip = features(src_input).transpose(1, 2)  # (1, F, T)
+        clip = (features(src_input) - standard.mean) / standard.deviation  # (1, T, F)
+        clip = clip.transpose(1, 2)  # (1, F, T)
         clip = F.interpolate(clip, frames, mode="linear")  # (1, F, frames)
         vectors.append(clip.flatten())  # (F * frames)
     return torch.stack(vectors)  # (clips, F * frames)
@@ -72,7 +87,8 @@ def linear(config, folder):
     train = load_split(config, "train")
     texts = sorted(set(texts_of(train)))
     wanted = torch.tensor([texts.index(text) for text in texts_of(train)])  # (clips)
-    vectors = clip_vectors(train)  # (clips, F * 32)
+    standard = standardised(train)
+    vectors = clip_vectors(train, standard)  # (clips, F * 32)
     layer = nn.Linear(vectors.shape[1], len(texts))
     optimizer = torch.optim.AdamW(layer.parameters(), 1e-3, weight_decay=0.1)
     for _ in range(300):
@@ -82,7 +98,7 @@ def linear(config, folder):
     scores = {}
     for split in ("dev", "test"):
         data = load_split(config, split)
-        found = [texts[i] for i in layer(clip_vectors(data)).argmax(1)]
+        found = [texts[i] for i in layer(clip_vectors(data, standard)).argmax(1)]
         scores[split] = compute_metrics(found, texts_of(data), config.language)
     return {"curve": [{"step": 300, **scores["dev"]}], "test": scores["test"]}
 
@@ -96,11 +112,11 @@ class Gru(nn.Module):
     single: every text is one word, read from the mean over time. Otherwise CTC over words.
     """
 
-    def __init__(self, size, words, single):
+    def __init__(self, enter, words, single):
         super().__init__()
         self.words = words
         self.single = single
-        self.enter = nn.Linear(size, 128)
+        self.enter = enter  # features -> 128
         self.dropout = nn.Dropout(0.2)
         self.gru = nn.GRU(128, 192, num_layers=2, batch_first=True, bidirectional=True, dropout=0.2)
         self.head = nn.Linear(2 * 192, 1 + len(words))  # class 0 is CTC's blank
@@ -158,7 +174,7 @@ def gru(config, folder):
     clips = config.batch_size * config.gradient_accumulation  # of a step
     for split, part in data.items():
         loaders[split] = DataLoader(part, clips, split == "train", collate_fn=part.collate_fn)
-    model = make_gru(data["train"], loaders["dev"], config.language)
+    model = make_gru(data["train"], config.language)
     if model.single:  # a mean over time has no room for two words
         config.join = 0.0
         data["train"].begin_epoch(0)
@@ -184,16 +200,14 @@ def gru(config, folder):
     return {"curve": curve, "test": score(model, loaders["test"], config.language)}
 
 
-def make_gru(train, loader, language):
-    """A model for the words of the training texts; any loader's batch shows the features' size."""
+def make_gru(train, language):
+    """A model for the words of the training texts."""
     texts = [split_text(text, language) for text in texts_of(train)]
     words = set()
     for text in texts:
         words.update(text)
     single = max(len(text) for text in texts) == 1
-    src_input, _ = next(iter(loader))
-    size = features(src_input).shape[-1]
-    model = Gru(size, sorted(words), single)
+    model = Gru(standardised(train, 128), sorted(words), single)
     kind = "one word a clip" if single else "CTC"
     note(f"{count_parameters(model):,} parameters, {kind}")
     return model

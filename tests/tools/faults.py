@@ -170,7 +170,9 @@ class OriginalFrontEnd(nn.Module):
 
 def put_original_front_end(model, width):
     """Take the model's own front-end away; norm and position behind it stay. -> the new one."""
-    del model.pose_embed, model.fusion, model.temporal, model.proj
+    del model.fusion, model.temporal, model.proj
+    model.pose_embed = nn.ModuleDict()  # nothing to standardise either, as in the original
+    model.standardise = lambda src_input: None
     stride = model.config.temporal_stride
     front_end = OriginalFrontEnd(width, model.mt5_model.config.d_model, stride)
 
@@ -368,6 +370,9 @@ class GraphEmbed(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
         self.leave = nn.Linear(joints * width + self.rest, d_model)
 
+    def fit(self, x):
+        """Features enter as they are."""
+
     def forward(self, x):
         x, rest = x.split([x.shape[-1] - self.rest, self.rest], -1)  # (B, T, V * C), (B, T, rest)
         h = self.enter(x.unflatten(-1, (self.joints, -1)))  # (B, T, V, width)
@@ -391,6 +396,16 @@ def graph_layers(products_own, model):
         f"{after:,} parameters embed the joints, {before:,} before",
         lambda: after != before,
     )
+
+
+@instead_of(SignLanguageLite, "standardise")
+def no_standardising(products_own, model, src_input):
+    """Features enter as they are."""
+    products_own(model, src_input)
+    for layer in model.pose_embed.values():
+        prove("a mean is not 0", lambda layer=layer: layer.mean.any())
+        layer.mean.zero_()
+        layer.deviation.fill_(1)
 
 
 @instead_of(models_lite, "TemporalBlock")

@@ -56,7 +56,7 @@ TABLE = {
             ("learning_rate: float = 1e-3", "learning_rate: float = 2e-4"),
             ("ctc_weight: float = 0.5", "ctc_weight: float = 0.0"),
             ("augment: bool = True", "augment: bool = False"),
-            ("max_steps: int = 600", "max_steps: int = 0"),
+            ("max_steps: int = 450", "max_steps: int = 0"),
             ("max_steps: int = 500", "max_steps: int = 0"),
             ('muon: str = "all"', 'muon: str = "off"'),
             ('muon: str = "encoder"', 'muon: str = "all"'),
@@ -116,7 +116,7 @@ TABLE = {
             ("uniform(-1, 1, len(self))", "uniform(-1, 1, 1)"),
             ("uniform(-1, 1, len(self))", "uniform(-0.5, 1, len(self))"),
             ('self.phase == "train" and self.config.augment:', "not self.config.augment:"),
-            ("1.25 ** rng.uniform(-1, 1,", "rng.uniform(0.8, 1.25,"),
+            ("1.1 ** rng.uniform(-1, 1,", "rng.uniform(0.8, 1.1,"),
         ],
         BITES + "tilts": [
             ("rng.uniform(-10, 10)", "rng.uniform(-5, 5)"),
@@ -139,7 +139,8 @@ TABLE = {
             ('bool(first["gloss"]) == bool(second["gloss"])', "True"),
             ("return index != other and short", "return short"),
             (" and characters <= self.config.max_text_length", ""),
-            ("rng.random() < self.config.join", "rng.random() > self.config.join"),
+            ("rng.random() < share", "rng.random() > share"),
+            ("if epoch >= 2 else", "if epoch >= 0 else"),
             ('between = "" if', 'between = " " if'),
             ("self._load_pose(clip) for clip", "self._load_pose(index) for clip"),
             ("sum(glosses, [])", "glosses[0]"),
@@ -224,7 +225,15 @@ TABLE = {
         BITES + "reaches_four": [("kernel_size=5, padding=2", "kernel_size=3, padding=1")],
         MODELS + "padding_does_not_change or depend_on_its_batch": [
             ("h = self.norm(x) * mask", "h = self.norm(x)"),
-            ("F.pad(x * real,", "F.pad(x,"),
+            ("F.pad(x * mask[..., None],", "F.pad(x,"),
+        ],
+        MODELS + "standardise or taken_over or fitted": [
+            ("x.std(0) + 0.1)", "x.std(0))"),
+            ("self.mean.copy_(x.mean(0))", "pass"),
+            ("(x - self.mean) / self.deviation", "x - self.mean"),
+            ("fit(body[real])", "fit(body.flatten(0, 1))"),
+            ("fit(hands[torch.cat([real, real])])", "fit(hands[: len(real)][real])"),
+            ('return state | self.pose_embed.state_dict(prefix="pose_embed.")', "return state"),
         ],
         MODELS + "velocity": [
             ("seen[:, 1:] & seen[:, :-1]", "seen[:, 1:] | seen[:, :-1]"),
@@ -490,6 +499,9 @@ TABLE = {
         ],
         BITES + "working_folder": [("{Path(os.path.abspath(base)).name}-", "{base.name}-")],
         BITES + "rate_ends": [("if run.step + 1 < run.total_steps:", "if True:")],
+        BITES + "standardised_by": [
+            ('model.standardise(data["train"].collate_fn(chosen)[0])', "pass"),
+        ],
         BITES + "muon": [
             ('"proj", "mt5_model.encoder.block")', '"proj")'),
             (
@@ -498,6 +510,7 @@ TABLE = {
             ),
             ("if isinstance(module, torch.nn.Linear) and", "if False and"),
             ("optimizers.append(muon)", "pass"),
+            ("MUON_RATE * config.learning_rate", "config.learning_rate"),
         ],
         BITES + "exit_codes": [
             ("return 128 + signal.SIGINT", "return 1"),
