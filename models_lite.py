@@ -3,8 +3,8 @@
     body (B, T, 9, 3), left, right (B, T, 21, 3)
     -> hand_features   each hand at its own scale, the left one flipped, and the body's wrist
     -> part_features   each joint's place, confidence and velocity, flattened: no joint is lost
-    -> pose_embed      each feature standardised over the training clips, then one linear layer for
-                       the body, one that both hands share
+    -> pose_embed      less each feature's mean over the training clips: one linear layer for the
+                       body, one that both hands share
     -> fusion          the three parts of a frame together
     -> proj            temporal_stride frames -> one input position of mT5
     -> temporal        residual convolutions over time, padding masked; layer_norm, position
@@ -90,27 +90,25 @@ def hand_features(hand, wrist, mirror):
     return torch.cat([part_features(hand), wrist], -1)  # (B, T, 108)
 
 
-class StandardisedLinear(nn.Linear):
-    """A linear layer behind (x - mean) / deviation; both are 0 and 1 until `fit` finds better ones.
+class CentredLinear(nn.Linear):
+    """A linear layer over 2 (x - mean): the mean of the training clips (`fit`), at first 0.
 
-    What is always there (where a shoulder lies) is many times what changes (a finger's velocity),
-    and without this most of the first thousand clips teach no more than to tell them apart.
+    What is always there, such as where a shoulder lies, is many times what changes; with it in the
+    input, training begins by learning to leave it out. Each feature by its own deviation would
+    learn as fast, but blow up what tells one person from another (tests/RESULTS.md).
     """
 
     def __init__(self, in_features, out_features):
         super().__init__(in_features, out_features)
         self.register_buffer("mean", torch.zeros(in_features))
-        self.register_buffer("deviation", torch.ones(in_features))
 
     def fit(self, x):
         """x (frames, in_features): of the training clips."""
         self.mean.copy_(x.mean(0))
-        # a feature that hardly moves must not become noise; most deviate by 0.02 to 0.5
-        self.deviation.copy_(x.std(0) + 0.1)
 
     def forward(self, x):
         """x (..., in_features) -> (..., out_features)."""
-        return super().forward((x - self.mean) / self.deviation)
+        return super().forward(2 * (x - self.mean))
 
 
 class TemporalBlock(nn.Module):
@@ -187,8 +185,8 @@ class SignLanguageLite(nn.Module):
         # poses: from joints to mT5's input
         self.pose_embed = nn.ModuleDict(
             {
-                "body": StandardisedLinear(5 * len(BODY), d_model),
-                "hand": StandardisedLinear(5 * len(LEFT) + 3, d_model),
+                "body": CentredLinear(5 * len(BODY), d_model),
+                "hand": CentredLinear(5 * len(LEFT) + 3, d_model),
             }
         )
         self.fusion = nn.Linear(3 * d_model, d_model)
@@ -247,8 +245,8 @@ class SignLanguageLite(nn.Module):
             print(f"  {name:14} {total:>13,} parameters, {trainable:>13,} trainable")
 
     @torch.no_grad()
-    def standardise(self, src_input):
-        """Take each pose feature's mean and deviation from these clips, once, before training."""
+    def centre(self, src_input):
+        """Take each pose feature's mean from these clips, once, before training."""
         body, hands = self.pose_features(src_input)
         real = src_input["attention_mask"].bool()  # (B, T)
         self.pose_embed["body"].fit(body[real])
@@ -395,7 +393,7 @@ class SignLanguageLite(nn.Module):
     def state_to_save(self):
         """Tensors by name, the shared table once; they are the model's own."""
         state = {name: value.detach() for name, value in self.named_parameters()}
-        # with the features' means and deviations
+        # with the features' means
         return state | self.pose_embed.state_dict(prefix="pose_embed.")
 
     def load_saved(self, state):

@@ -585,7 +585,7 @@ def build_model(config, data, state=None):
         # as they are trained on, augmented and joined; a few hundred tell enough
         every = math.ceil(len(data["train"]) / 300)
         chosen = [data["train"][clip] for clip in range(0, len(data["train"]), every)]
-        model.standardise(data["train"].collate_fn(chosen)[0])
+        model.centre(data["train"].collate_fn(chosen)[0])
         if config.init_from:
             model.init_from(config.init_from)
     for dataset in data.values():

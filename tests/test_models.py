@@ -34,8 +34,8 @@ from datasets_lite import (
     load_dataset_file,
 )
 from models_lite import (
+    CentredLinear,
     SignLanguageLite,
-    StandardisedLinear,
     TextCodec,
     hand_features,
     part_features,
@@ -733,42 +733,37 @@ def test_both_hands_go_through_the_same_weights_and_the_left_one_is_mirrored(cli
         assert moving == weights, f"without the {absent} hand"
 
 
-def test_a_standardised_layer_takes_mean_and_deviation_from_what_it_is_fitted_to():
-    layer = StandardisedLinear(2, 1)
+def test_a_centred_layer_doubles_what_differs_from_the_mean_it_was_fitted_to():
+    layer = CentredLinear(2, 1)
     nn.init.ones_(layer.weight)
     nn.init.zeros_(layer.bias)
-    assert layer(torch.tensor([[3.0, 4.0]])).item() == 7, "not fitted, it is a linear layer"
+    assert layer(torch.tensor([[3.0, 4.0]])).item() == 14
     layer.fit(torch.tensor([[1.0, 5.0], [3.0, 5.0], [5.0, 5.0]]))
-    # (7 - 3) / (2 + 0.1), and for what never moves (5.2 - 5) / 0.1
-    found = layer(torch.tensor([[7.0, 5.2]])).item()
-    assert found == pytest.approx(4 / 2.1 + 2, rel=1e-4)
+    assert layer(torch.tensor([[7.0, 5.5]])).item() == 2 * (4 + 0.5)
 
 
-def test_features_are_standardised_over_real_frames_of_both_hands(clips):
+def test_features_are_centred_over_real_frames_of_both_hands(clips):
     model = scratch_model(clips)
     src_input, _ = batch_of(clips, [0, 1, 2])
-    model.standardise(with_frames_appended(src_input, 17))
+    model.centre(with_frames_appended(src_input, 17))
     real = src_input["attention_mask"].bool()
     body = src_input["body"]
     left = hand_features(src_input["left"], body[:, :, LEFT_WRIST], True)[real]
     right = hand_features(src_input["right"], body[:, :, RIGHT_WRIST], False)[real]
     for part, wanted in (("body", part_features(body)[real]), ("hand", torch.cat([left, right]))):
-        layer = model.pose_embed[part]
-        assert torch.allclose(layer.mean, wanted.mean(0), atol=1e-5), part
-        assert torch.allclose(layer.deviation, wanted.std(0) + 0.1, atol=1e-5), part
+        assert torch.allclose(model.pose_embed[part].mean, wanted.mean(0), atol=1e-5), part
 
 
-def test_means_and_deviations_are_saved_with_the_weights_and_taken_over(clips, tmp_path):
+def test_means_are_saved_with_the_weights_and_taken_over(clips, tmp_path):
     model = scratch_model(clips)
-    src_input, _ = batch_of(clips, [0, 1, 2])
-    model.standardise(src_input)
+    model.centre(batch_of(clips, [0, 1, 2])[0])
     model.save_pretrained(tmp_path)
     other = scratch_model(clips)
     other.init_from(tmp_path)
     for again in (SignLanguageLite.from_pretrained(tmp_path), other):
         for part, layer in model.pose_embed.items():
+            assert layer.mean.any()
             assert torch.equal(again.pose_embed[part].mean, layer.mean)
-            assert torch.equal(again.pose_embed[part].deviation, layer.deviation)
 
 
 # ------------------------------------------------------------ the loss

@@ -137,7 +137,7 @@ FAULT_ROWS = {
         "hands not at their own scale", patches=(faults.hands_in_body_scale,)
     ),
     "no_velocities": Row("no velocities", patches=(faults.no_velocities,)),
-    "no_standardising": Row("features not standardised", patches=(faults.no_standardising,)),
+    "no_centring": Row("features not centred", patches=(faults.no_centring,)),
 }
 # in no group, for it takes two hours a run
 WIDE_ROWS = {

@@ -1,6 +1,6 @@
 """What the network must beat: the nearest training clip, a linear layer, a recurrent network.
 
-All read the features that the product's first layers read, standardised as there. Like every way to
+All read the features that the product's first layers read, centred as there. Like every way to
 run a row, each takes the configuration and the run's folder, and gives {"curve": [scores of dev,
 ...], "test": scores}.
 """
@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.data import DataLoader
 
 from datasets_lite import LEFT_WRIST, RIGHT_WRIST
-from models_lite import StandardisedLinear, hand_features, part_features
+from models_lite import CentredLinear, hand_features, part_features
 from train_lite import compute_metrics, make_optimizers
 
 SPLITS = ("train", "dev", "test")
@@ -41,7 +41,7 @@ def texts_of(data):
 def nearest(config, folder):
     """The text of the closest training clip, every clip resampled to 32 frames."""
     train = load_split(config, "train")
-    standard = standardised(train)
+    standard = centred(train)
     train_vectors = clip_vectors(train, standard)
     train_texts = texts_of(train)
     scores = {}
@@ -54,14 +54,14 @@ def nearest(config, folder):
     return {"curve": [{"step": 0, **scores["dev"]}], "test": scores["test"]}
 
 
-def standardised(train, width=1):
-    """A layer that has the features' means and deviations over the training clips."""
+def centred(train, width=1):
+    """A layer that has the features' means over the training clips."""
     frames = []
     for i in range(len(train)):
         src_input, _ = train.collate_fn([train[i]])
         frames.append(features(src_input)[0])  # (T, F)
     frames = torch.cat(frames)  # (all frames, F)
-    layer = StandardisedLinear(frames.shape[1], width)
+    layer = CentredLinear(frames.shape[1], width)
     layer.fit(frames)
     return layer
 
@@ -71,7 +71,7 @@ def clip_vectors(data, standard, frames=32):
     vectors = []
     for i in range(len(data)):
         src_input, _ = data.collate_fn([data[i]])
-        clip = (features(src_input) - standard.mean) / standard.deviation  # (1, T, F)
+        clip = 2 * (features(src_input) - standard.mean)  # (1, T, F)
         clip = clip.transpose(1, 2)  # (1, F, T)
         clip = F.interpolate(clip, frames, mode="linear")  # (1, F, frames)
         vectors.append(clip.flatten())  # (F * frames)
@@ -87,7 +87,7 @@ def linear(config, folder):
     train = load_split(config, "train")
     texts = sorted(set(texts_of(train)))
     wanted = torch.tensor([texts.index(text) for text in texts_of(train)])  # (clips)
-    standard = standardised(train)
+    standard = centred(train)
     vectors = clip_vectors(train, standard)  # (clips, F * 32)
     layer = nn.Linear(vectors.shape[1], len(texts))
     optimizer = torch.optim.AdamW(layer.parameters(), 1e-3, weight_decay=0.1)
@@ -207,7 +207,7 @@ def make_gru(train, language):
     for text in texts:
         words.update(text)
     single = max(len(text) for text in texts) == 1
-    model = Gru(standardised(train, 128), sorted(words), single)
+    model = Gru(centred(train, 128), sorted(words), single)
     kind = "one word a clip" if single else "CTC"
     note(f"{count_parameters(model):,} parameters, {kind}")
     return model

@@ -171,8 +171,8 @@ class OriginalFrontEnd(nn.Module):
 def put_original_front_end(model, width):
     """Take the model's own front-end away; norm and position behind it stay. -> the new one."""
     del model.fusion, model.temporal, model.proj
-    model.pose_embed = nn.ModuleDict()  # nothing to standardise either, as in the original
-    model.standardise = lambda src_input: None
+    model.pose_embed = nn.ModuleDict()  # nothing to centre either, as in the original
+    model.centre = lambda src_input: None
     stride = model.config.temporal_stride
     front_end = OriginalFrontEnd(width, model.mt5_model.config.d_model, stride)
 
@@ -398,14 +398,13 @@ def graph_layers(products_own, model):
     )
 
 
-@instead_of(SignLanguageLite, "standardise")
-def no_standardising(products_own, model, src_input):
+@instead_of(SignLanguageLite, "centre")
+def no_centring(products_own, model, src_input):
     """Features enter as they are."""
     products_own(model, src_input)
     for layer in model.pose_embed.values():
         prove("a mean is not 0", lambda layer=layer: layer.mean.any())
         layer.mean.zero_()
-        layer.deviation.fill_(1)
 
 
 @instead_of(models_lite, "TemporalBlock")

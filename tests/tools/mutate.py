@@ -227,10 +227,9 @@ TABLE = {
             ("h = self.norm(x) * mask", "h = self.norm(x)"),
             ("F.pad(x * mask[..., None],", "F.pad(x,"),
         ],
-        MODELS + "standardise or taken_over or fitted": [
-            ("x.std(0) + 0.1)", "x.std(0))"),
+        MODELS + "centred or taken_over": [
             ("self.mean.copy_(x.mean(0))", "pass"),
-            ("(x - self.mean) / self.deviation", "x - self.mean"),
+            ("2 * (x - self.mean)", "x - self.mean"),
             ("fit(body[real])", "fit(body.flatten(0, 1))"),
             ("fit(hands[torch.cat([real, real])])", "fit(hands[: len(real)][real])"),
             ('return state | self.pose_embed.state_dict(prefix="pose_embed.")', "return state"),
@@ -499,8 +498,8 @@ TABLE = {
         ],
         BITES + "working_folder": [("{Path(os.path.abspath(base)).name}-", "{base.name}-")],
         BITES + "rate_ends": [("if run.step + 1 < run.total_steps:", "if True:")],
-        BITES + "standardised_by": [
-            ('model.standardise(data["train"].collate_fn(chosen)[0])', "pass"),
+        BITES + "centred_by": [
+            ('model.centre(data["train"].collate_fn(chosen)[0])', "pass"),
         ],
         BITES + "muon": [
             ('"proj", "mt5_model.encoder.block")', '"proj")'),
