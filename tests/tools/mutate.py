@@ -410,7 +410,7 @@ TABLE = {
         ],
         BITES + "standard_error or validation_saves": [
             ('else "exact_match"', 'else "chrf"'),
-            ("return near[-1]", "return max(near, key=lambda m: m[measure])"),
+            ("self.history[(count - 1) // 2 : count])", "self.history[:count])"),
             (">= highest - error", ">= highest"),
             (">= highest - error", ">= highest - 2 * error"),
             ("if run.best is metrics:", "if True:"),
