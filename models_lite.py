@@ -90,12 +90,20 @@ def hand_features(hand, wrist, mirror):
     return torch.cat([part_features(hand), wrist], -1)  # (B, T, 108)
 
 
+def pose_features(src_input):
+    """A batch -> body (B, T, 45), hands (2 B, T, 108): all left ones, then all right ones."""
+    body = src_input["body"]  # (B, T, 9, 3)
+    left = hand_features(src_input["left"], body[:, :, LEFT_WRIST], mirror=True)  # (B, T, 108)
+    right = hand_features(src_input["right"], body[:, :, RIGHT_WRIST], mirror=False)
+    return part_features(body), torch.cat([left, right])
+
+
 class CentredLinear(nn.Linear):
     """A linear layer over 2 (x - mean): the mean of the training clips (`fit`), at first 0.
 
-    What is always there, such as where a shoulder lies, is many times what changes; with it in the
-    input, training begins by learning to leave it out. Each feature by its own deviation would
-    learn as fast, but blow up what tells one person from another (tests/RESULTS.md).
+    What is always there, such as where a shoulder lies, is larger than what changes; with it in the
+    input, training begins by learning to leave it out. Not over each feature's own deviation: that
+    did worse with people whom training has not seen (tests/RESULTS.md, "Learning sooner").
     """
 
     def __init__(self, in_features, out_features):
@@ -108,6 +116,7 @@ class CentredLinear(nn.Linear):
 
     def forward(self, x):
         """x (..., in_features) -> (..., out_features)."""
+        # twice: what is left deviates by about a half or less
         return super().forward(2 * (x - self.mean))
 
 
@@ -247,17 +256,10 @@ class SignLanguageLite(nn.Module):
     @torch.no_grad()
     def centre(self, src_input):
         """Take each pose feature's mean from these clips, once, before training."""
-        body, hands = self.pose_features(src_input)
+        body, hands = pose_features(src_input)
         real = src_input["attention_mask"].bool()  # (B, T)
         self.pose_embed["body"].fit(body[real])
         self.pose_embed["hand"].fit(hands[torch.cat([real, real])])
-
-    def pose_features(self, src_input):
-        """-> body (B, T, 45), both hands (2 B, T, 108): the left ones, then the right ones."""
-        body = src_input["body"]  # (B, T, 9, 3)
-        left = hand_features(src_input["left"], body[:, :, LEFT_WRIST], mirror=True)
-        right = hand_features(src_input["right"], body[:, :, RIGHT_WRIST], mirror=False)
-        return part_features(body), torch.cat([left, right])
 
     def encode_pose(self, src_input):
         """-> embeddings (B, T', d_model), mask (B, T'). Raises ConfigError beyond max_length."""
@@ -271,7 +273,7 @@ class SignLanguageLite(nn.Module):
             )
 
         # joints -> one vector a part; both hands in one call: they share the layer
-        body, hands = self.pose_features(src_input)  # (B, T, 45), (2 B, T, 108)
+        body, hands = pose_features(src_input)  # (B, T, 45), (2 B, T, 108)
         body = self.pose_embed["body"](body)  # (B, T, d_model)
         hands = self.pose_embed["hand"](hands)  # (2 B, T, d_model)
 

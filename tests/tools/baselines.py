@@ -16,8 +16,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.data import DataLoader
 
-from datasets_lite import LEFT_WRIST, RIGHT_WRIST
-from models_lite import CentredLinear, hand_features, part_features
+from models_lite import CentredLinear, pose_features
 from train_lite import compute_metrics, make_optimizers
 
 SPLITS = ("train", "dev", "test")
@@ -25,10 +24,8 @@ SPLITS = ("train", "dev", "test")
 
 def features(src_input):
     """What the product's first layers see, all parts in one: (B, T, F)."""
-    body = src_input["body"]
-    left = hand_features(src_input["left"], body[:, :, LEFT_WRIST], mirror=True)
-    right = hand_features(src_input["right"], body[:, :, RIGHT_WRIST], mirror=False)
-    return torch.cat([part_features(body), left, right], -1)  # (B, T, F)
+    body, hands = pose_features(src_input)  # (B, T, 45), (2 B, T, 108)
+    return torch.cat([body, *hands.chunk(2)], -1)  # (B, T, F)
 
 
 def texts_of(data):
@@ -41,20 +38,20 @@ def texts_of(data):
 def nearest(config, folder):
     """The text of the closest training clip, every clip resampled to 32 frames."""
     train = load_split(config, "train")
-    standard = centred(train)
-    train_vectors = clip_vectors(train, standard)
+    centred = centred_by(train)
+    train_vectors = clip_vectors(train, centred)
     train_texts = texts_of(train)
     scores = {}
     for split in ("dev", "test"):
         data = load_split(config, split)
-        closest = torch.cdist(clip_vectors(data, standard), train_vectors).argmin(1)  # (clips)
+        closest = torch.cdist(clip_vectors(data, centred), train_vectors).argmin(1)  # (clips)
         found = [train_texts[i] for i in closest]
         scores[split] = compute_metrics(found, texts_of(data), config.language)
     note(f"{train_vectors.shape[1]:,} figures a clip")
     return {"curve": [{"step": 0, **scores["dev"]}], "test": scores["test"]}
 
 
-def centred(train, width=1):
+def centred_by(train, width=1):
     """A layer that has the features' means over the training clips."""
     frames = []
     for i in range(len(train)):
@@ -66,12 +63,12 @@ def centred(train, width=1):
     return layer
 
 
-def clip_vectors(data, standard, frames=32):
+def clip_vectors(data, centred, frames=32):
     """A data set's clips, each as one vector: (clips, F * frames)."""
     vectors = []
     for i in range(len(data)):
         src_input, _ = data.collate_fn([data[i]])
-        clip = 2 * (features(src_input) - standard.mean)  # (1, T, F)
+        clip = 2 * (features(src_input) - centred.mean)  # (1, T, F)
         clip = clip.transpose(1, 2)  # (1, F, T)
         clip = F.interpolate(clip, frames, mode="linear")  # (1, F, frames)
         vectors.append(clip.flatten())  # (F * frames)
@@ -87,8 +84,8 @@ def linear(config, folder):
     train = load_split(config, "train")
     texts = sorted(set(texts_of(train)))
     wanted = torch.tensor([texts.index(text) for text in texts_of(train)])  # (clips)
-    standard = centred(train)
-    vectors = clip_vectors(train, standard)  # (clips, F * 32)
+    centred = centred_by(train)
+    vectors = clip_vectors(train, centred)  # (clips, F * 32)
     layer = nn.Linear(vectors.shape[1], len(texts))
     optimizer = torch.optim.AdamW(layer.parameters(), 1e-3, weight_decay=0.1)
     for _ in range(300):
@@ -98,7 +95,7 @@ def linear(config, folder):
     scores = {}
     for split in ("dev", "test"):
         data = load_split(config, split)
-        found = [texts[i] for i in layer(clip_vectors(data, standard)).argmax(1)]
+        found = [texts[i] for i in layer(clip_vectors(data, centred)).argmax(1)]
         scores[split] = compute_metrics(found, texts_of(data), config.language)
     return {"curve": [{"step": 300, **scores["dev"]}], "test": scores["test"]}
 
@@ -207,7 +204,7 @@ def make_gru(train, language):
     for text in texts:
         words.update(text)
     single = max(len(text) for text in texts) == 1
-    model = Gru(centred(train, 128), sorted(words), single)
+    model = Gru(centred_by(train, 128), sorted(words), single)
     kind = "one word a clip" if single else "CTC"
     note(f"{count_parameters(model):,} parameters, {kind}")
     return model

@@ -499,7 +499,7 @@ TABLE = {
         BITES + "working_folder": [("{Path(os.path.abspath(base)).name}-", "{base.name}-")],
         BITES + "rate_ends": [("if run.step + 1 < run.total_steps:", "if True:")],
         BITES + "centred_by": [
-            ('model.centre(data["train"].collate_fn(chosen)[0])', "pass"),
+            ("model.centre(src_input)", "pass"),
         ],
         BITES + "muon": [
             ('"proj", "mt5_model.encoder.block")', '"proj")'),
