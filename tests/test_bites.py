@@ -85,7 +85,7 @@ def test_each_hand_has_its_own_wrist_and_the_left_alone_is_mirrored(clips):
     assert torch.equal(left[..., -3:], body[:, :, 7] * MIRROR)
     assert torch.equal(right[..., -3:], body[:, :, 8])
     for hand, part, sign in ((left, "left", -1), (right, "right", 1)):
-        x = hand[..., :-3].unflatten(-1, (21, 5))[..., 0]
+        x = hand[..., :-3].unflatten(-1, (21, 7))[..., 0]
         assert x.any()
         assert (sign * x * src_input[part][..., 0] >= 0).all(), part
 
@@ -100,7 +100,7 @@ def test_a_hand_is_divided_by_its_root_mean_square_over_the_seen_joints():
     wanted[0, 0, 2] = 1
     wanted[0, 1] = torch.tensor([0.3 / rms, 0.4 / rms, 0.9])
     wanted[1, 2] = torch.tensor([0, 0.7 / rms, 0.8])
-    shape = hand_features(hand, torch.zeros(1, 2, 3), False)[..., :-3].unflatten(-1, (21, 5))
+    shape = hand_features(hand, torch.zeros(1, 2, 3), False)[..., :-3].unflatten(-1, (21, 7))
     assert torch.allclose(shape[0, ..., :3], wanted, atol=1e-6)
 
 

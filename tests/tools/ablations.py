@@ -137,6 +137,7 @@ FAULT_ROWS = {
         "hands not at their own scale", patches=(faults.hands_in_body_scale,)
     ),
     "no_velocities": Row("no velocities", patches=(faults.no_velocities,)),
+    "no_bones": Row("no bones", patches=(faults.no_bones,)),
     "no_centring": Row("features not centred", patches=(faults.no_centring,)),
 }
 # in no group, for it takes two hours a run

@@ -421,16 +421,25 @@ def no_convolution(products_own, width):
 def no_velocities(products_own, part):
     """Each frame's features are made as if it were a clip of its own."""
     frames = part.flatten(0, 1)[:, None]  # (B * T, 1, V, 3)
-    alone = products_own(frames).view(*part.shape[:2], -1)  # (B, T, 5 V)
+    alone = products_own(frames).view(*part.shape[:2], -1)  # (B, T, 7 V)
     prove("features differ", lambda: not torch.equal(alone, products_own(part)))
     return alone
+
+
+@instead_of(models_lite, "part_features")
+def no_bones(products_own, part):
+    """Joints' places alone, as in most of the field."""
+    features = products_own(part).unflatten(-1, (-1, 7))  # (B, T, V, 7)
+    prove("a bone is not 0", lambda: features[..., 5:].any())
+    features[..., 5:] = 0
+    return features.flatten(2)
 
 
 @instead_of(models_lite, "hand_features")
 def hands_in_body_scale(products_own, hand, wrist, mirror):
     """A hand's shape stays divided by the body's box, as load_part_kp gives it."""
     flip = hand.new_tensor([-1.0 if mirror else 1.0, 1.0, 1.0])
-    plain = torch.cat([part_features(hand * flip), wrist * flip], -1)  # (B, T, 5 V + 3)
+    plain = torch.cat([part_features(hand * flip), wrist * flip], -1)  # (B, T, 7 V + 3)
 
     def differs():
         return not torch.allclose(plain, products_own(hand, wrist, mirror))

@@ -238,6 +238,11 @@ TABLE = {
             ("seen[:, 1:] & seen[:, :-1]", "seen[:, 1:] | seen[:, :-1]"),
             ("velocity[:, 1:] = xy", "velocity[:, :-1] = xy"),
         ],
+        MODELS + "bone": [
+            ("seen[:, :, 1:] & seen[:, :, :-1]", "seen[:, :, 1:] | seen[:, :, :-1]"),
+            ("bone[:, :, 1:] = xy", "bone[:, :, :-1] = xy"),
+            ("velocity, bone], -1)", "velocity, 0 * bone], -1)"),
+        ],
         BITES + "glorots": [
             ("nn.init.xavier_uniform_(layer.weight)", "pass"),
             ("nn.init.zeros_(layer.bias)", "pass"),
