@@ -571,9 +571,9 @@ def augment_clip(keypoints, scores, rng, frames):
     aspect = rng.uniform(0.9, 1.1)
     turn = np.float32([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     turn[0] *= aspect
-    body = np.dstack([keypoints, scores])[:, BODY]  # (frames, 9, 3)
+    body = np.dstack([keypoints[:, BODY], scores[:, BODY]])  # (frames, 9, 3)
     _, extent, _ = crop_scale(body, THRESHOLD)
-    noise = rng.standard_normal(keypoints[:, USED].shape, np.float32)
+    noise = rng.standard_normal((frames, len(USED), 2), np.float32)
     keypoints = keypoints @ turn  # (frames, 133, 2)
     keypoints[:, USED] += 0.003 * np.float32(extent) * noise
     return keypoints, scores
