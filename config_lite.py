@@ -223,7 +223,8 @@ class ScratchConfig(TrainConfig):
     # steps stay steps at a third of the data
     max_steps: int = 450
     learning_rate: float = 1e-3
-    muon: str = "all"
+    warmup_epochs: float = 0.5
+    muon: str = "encoder"
     # glosses are the strongest help that a small corpus has
     ctc_weight: float = 0.5
     augment: bool = True
@@ -237,8 +238,6 @@ class DemoConfig(ScratchConfig):
     # written on first use
     data_dir: str = "data/demo"
     max_steps: int = 500
-    # the decoder learns another word order sooner under AdamW
-    muon: str = "encoder"
 
 
 def make_config(kind, values):

@@ -1,8 +1,9 @@
 """From batches to a loss or to text: front-end, mT5, and the vocabulary between ids and strings.
 
     body (B, T, 9, 3), left, right (B, T, 21, 3)
-    -> hand_features   each hand at its own scale, the left one flipped, and the body's wrist
-    -> part_features   each joint's place, confidence, velocity and bone: no joint is lost
+    -> hand_features   each hand at its own scale, the left one flipped, its bones, and the body's
+                       wrist
+    -> part_features   each joint's place, confidence and velocity, flattened: no joint is lost
     -> pose_embed      less each feature's mean over the training clips: one linear layer for the
                        body, one that both hands share
     -> fusion          the three parts of a frame together
@@ -57,12 +58,10 @@ layer_norm_epsilon feed_forward_proj relative_attention_num_buckets"""
 
 
 def part_features(part):
-    """(B, T, V, 3) -> (B, T, 7 V): x, y, confidence, velocity and bone, joint by joint.
+    """(B, T, V, 3) -> (B, T, 5 V): x, y, confidence and velocity, joint by joint.
 
     A velocity stands only where the joint was seen in this frame and in the one before: it never
-    jumps a gap. A bone leads from the joint before, in the parts' order: along a finger, then from
-    its tip to the next one's root. A hand's shape shows in bones more than in places, which all
-    turn with the hand: a third fewer errors from two takes a sign (tests/RESULTS.md, "Bones").
+    jumps a gap.
     """
     xy = part[..., :2]  # (B, T, V, 2)
     confidence = part[..., 2:]  # (B, T, V, 1)
@@ -70,14 +69,23 @@ def part_features(part):
     seen_twice = seen[:, 1:] & seen[:, :-1]  # (B, T - 1, V, 1)
     velocity = torch.zeros_like(xy)  # (B, T, V, 2); the first frame has none
     velocity[:, 1:] = xy.diff(dim=1) * seen_twice
-    both_seen = seen[:, :, 1:] & seen[:, :, :-1]  # (B, T, V - 1, 1)
-    bone = torch.zeros_like(xy)  # (B, T, V, 2); the first joint has none
-    bone[:, :, 1:] = xy.diff(dim=2) * both_seen
-    return torch.cat([xy, confidence, velocity, bone], -1).flatten(2)  # (B, T, 7 V)
+    return torch.cat([xy, confidence, velocity], -1).flatten(2)  # (B, T, 5 V)
+
+
+def bones(hand):
+    """(B, T, 21, 3) -> (B, T, 40): each joint's place from the joint before, where both were seen.
+
+    Along a finger, then from its tip to the next one's root. A hand's shape shows in them more than
+    in places, which all move where the hand turns: a third fewer errors from two takes a sign
+    (tests/RESULTS.md, "Bones"). Not for the body: its proportions are the person's.
+    """
+    seen = hand[..., 2:] > 0  # (B, T, 21, 1)
+    both_seen = seen[:, :, 1:] & seen[:, :, :-1]  # (B, T, 20, 1)
+    return (hand[..., :2].diff(dim=2) * both_seen).flatten(2)  # (B, T, 40)
 
 
 def hand_features(hand, wrist, mirror):
-    """hand (B, T, 21, 3), the body's wrist (B, T, 3) -> (B, T, 150): the shape, then its place.
+    """hand (B, T, 21, 3), the body's wrist (B, T, 3) -> (B, T, 148): the shape, then its place.
 
     As load_part_kp gives it a hand is over the body's box, and small: its shape is divided by its
     root mean square distance from its own first joint over the clip. The left hand is flipped: the
@@ -92,13 +100,13 @@ def hand_features(hand, wrist, mirror):
         flip = hand.new_tensor([-1.0, 1.0, 1.0])  # x alone
         hand = hand * flip
         wrist = wrist * flip
-    return torch.cat([part_features(hand), wrist], -1)  # (B, T, 150)
+    return torch.cat([part_features(hand), bones(hand), wrist], -1)  # (B, T, 148)
 
 
 def pose_features(src_input):
-    """A batch -> body (B, T, 63), hands (2 B, T, 150): all left ones, then all right ones."""
+    """A batch -> body (B, T, 45), hands (2 B, T, 148): all left ones, then all right ones."""
     body = src_input["body"]  # (B, T, 9, 3)
-    left = hand_features(src_input["left"], body[:, :, LEFT_WRIST], mirror=True)  # (B, T, 150)
+    left = hand_features(src_input["left"], body[:, :, LEFT_WRIST], mirror=True)  # (B, T, 148)
     right = hand_features(src_input["right"], body[:, :, RIGHT_WRIST], mirror=False)
     return part_features(body), torch.cat([left, right])
 
@@ -199,8 +207,8 @@ class SignLanguageLite(nn.Module):
         # poses: from joints to mT5's input
         self.pose_embed = nn.ModuleDict(
             {
-                "body": CentredLinear(7 * len(BODY), d_model),
-                "hand": CentredLinear(7 * len(LEFT) + 3, d_model),
+                "body": CentredLinear(5 * len(BODY), d_model),
+                "hand": CentredLinear(5 * len(LEFT) + 2 * (len(LEFT) - 1) + 3, d_model),
             }
         )
         self.fusion = nn.Linear(3 * d_model, d_model)
@@ -278,7 +286,7 @@ class SignLanguageLite(nn.Module):
             )
 
         # joints -> one vector a part; both hands in one call: they share the layer
-        body, hands = pose_features(src_input)  # (B, T, 63), (2 B, T, 150)
+        body, hands = pose_features(src_input)  # (B, T, 45), (2 B, T, 148)
         body = self.pose_embed["body"](body)  # (B, T, d_model)
         hands = self.pose_embed["hand"](hands)  # (2 B, T, d_model)
 

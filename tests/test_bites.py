@@ -85,7 +85,7 @@ def test_each_hand_has_its_own_wrist_and_the_left_alone_is_mirrored(clips):
     assert torch.equal(left[..., -3:], body[:, :, 7] * MIRROR)
     assert torch.equal(right[..., -3:], body[:, :, 8])
     for hand, part, sign in ((left, "left", -1), (right, "right", 1)):
-        x = hand[..., :-3].unflatten(-1, (21, 7))[..., 0]
+        x = hand[..., :105].unflatten(-1, (21, 5))[..., 0]
         assert x.any()
         assert (sign * x * src_input[part][..., 0] >= 0).all(), part
 
@@ -100,7 +100,7 @@ def test_a_hand_is_divided_by_its_root_mean_square_over_the_seen_joints():
     wanted[0, 0, 2] = 1
     wanted[0, 1] = torch.tensor([0.3 / rms, 0.4 / rms, 0.9])
     wanted[1, 2] = torch.tensor([0, 0.7 / rms, 0.8])
-    shape = hand_features(hand, torch.zeros(1, 2, 3), False)[..., :-3].unflatten(-1, (21, 7))
+    shape = hand_features(hand, torch.zeros(1, 2, 3), False)[..., :105].unflatten(-1, (21, 5))
     assert torch.allclose(shape[0, ..., :3], wanted, atol=1e-6)
 
 
@@ -1301,8 +1301,9 @@ DEFAULTS = {
         "batch_size": 16,
         "gradient_accumulation": 2,
         "max_steps": 450,
-        "muon": "all",
+        "muon": "encoder",
         "learning_rate": 1e-3,
+        "warmup_epochs": 0.5,
         "ctc_weight": 0.5,
         "augment": True,
         "val_interval": 5,
@@ -1310,7 +1311,7 @@ DEFAULTS = {
         "num_layers": 2,
         "vocab_size": 1000,
     },
-    DemoConfig: {"data_dir": "data/demo", "max_steps": 500, "muon": "encoder"},
+    DemoConfig: {"data_dir": "data/demo", "max_steps": 500},
     InferenceConfig: {
         "num_beams": 1,
         "max_new_tokens": 64,

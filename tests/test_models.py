@@ -37,6 +37,7 @@ from models_lite import (
     CentredLinear,
     SignLanguageLite,
     TextCodec,
+    bones,
     hand_features,
     part_features,
     train_tokenizer,
@@ -673,14 +674,14 @@ def test_swapping_two_joints_changes_the_embedding(clips, part, joints):
 
 
 def features(part):
-    """part_features by joint: (B, T, V, 7) of x, y, confidence, velocity and bone."""
-    return part_features(part).reshape(*part.shape[:3], 7)
+    """part_features by joint: (B, T, V, 5) of x, y, confidence and velocity."""
+    return part_features(part).reshape(*part.shape[:3], 5)
 
 
 def test_a_velocity_never_jumps_a_gap():
     part = torch.rand(1, 8, 21, 3) + 0.1
     part[:, 3:5, 7] = 0  # one finger drops out for two frames
-    velocity = features(part)[..., 3:5]
+    velocity = features(part)[..., 3:]
     wanted = torch.zeros_like(velocity)
     wanted[:, 1:] = part[:, 1:, :, :2] - part[:, :-1, :, :2]
     wanted[:, 3:6, 7] = 0  # leaving, gone, and coming back
@@ -691,24 +692,22 @@ def test_a_velocity_never_jumps_a_gap():
 
 
 def test_the_first_frame_has_no_velocity():
-    assert not features(torch.rand(2, 5, 9, 3) + 0.1)[:, 0, :, 3:5].any()
+    assert not features(torch.rand(2, 5, 9, 3) + 0.1)[:, 0, :, 3:].any()
 
 
 def test_a_bone_leads_from_the_joint_before_where_both_were_seen():
-    part = torch.zeros(1, 1, 9, 3)
-    part[0, 0, :4] = torch.tensor([[1, 2, 1], [4, 6, 0.5], [9, 9, 0], [5, 5, 1.0]])
-    bone = features(part)[0, 0, :, 5:]
-    wanted = torch.zeros(9, 2)
-    wanted[1] = torch.tensor([3, 4])  # joint 2 was not seen: neither its bone nor that of joint 3
-    assert torch.equal(bone, wanted)
+    hand = torch.zeros(1, 1, 21, 3)
+    hand[0, 0, :4] = torch.tensor([[1, 2, 1], [4, 6, 0.5], [9, 9, 0], [5, 5, 1.0]])
+    wanted = torch.zeros(20, 2)
+    wanted[0] = torch.tensor([3, 4])  # joint 2 was not seen: no bone leads to it or from it
+    assert torch.equal(bones(hand)[0, 0].view(20, 2), wanted)
 
 
-def test_bones_are_where_a_joint_is_seen_from_not_where_the_hand_is():
+def test_a_hand_is_given_with_its_bones_at_its_own_scale():
     hand = torch.rand(1, 6, 21, 3) + 0.1
-    shifted = hand + torch.tensor([0.3, -0.2, 0])
-    bones = features(hand)[..., 5:]
-    assert bones[:, :, 1:].all()
-    assert torch.allclose(bones, features(shifted)[..., 5:], atol=1e-6)
+    found = hand_features(hand, torch.zeros(1, 6, 3), False)
+    root_mean_square = hand[..., :2].square().sum(-1).mean().sqrt()
+    assert torch.allclose(found[..., 105:145] * root_mean_square, bones(hand), atol=1e-5)
 
 
 def test_a_hand_is_seen_at_its_own_scale_and_in_its_place():

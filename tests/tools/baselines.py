@@ -24,7 +24,7 @@ SPLITS = ("train", "dev", "test")
 
 def features(src_input):
     """What the product's first layers see, all parts in one: (B, T, F)."""
-    body, hands = pose_features(src_input)  # (B, T, 63), (2 B, T, 150)
+    body, hands = pose_features(src_input)  # (B, T, 45), (2 B, T, 148)
     return torch.cat([body, *hands.chunk(2)], -1)  # (B, T, F)
 
 

@@ -27,7 +27,7 @@ import datasets_lite
 import models_lite
 import train_lite
 from datasets_lite import BODY, LEFT
-from models_lite import SignLanguageLite, part_features
+from models_lite import SignLanguageLite, bones, part_features
 
 
 def instead_of(owner, name):
@@ -421,25 +421,25 @@ def no_convolution(products_own, width):
 def no_velocities(products_own, part):
     """Each frame's features are made as if it were a clip of its own."""
     frames = part.flatten(0, 1)[:, None]  # (B * T, 1, V, 3)
-    alone = products_own(frames).view(*part.shape[:2], -1)  # (B, T, 7 V)
+    alone = products_own(frames).view(*part.shape[:2], -1)  # (B, T, 5 V)
     prove("features differ", lambda: not torch.equal(alone, products_own(part)))
     return alone
 
 
-@instead_of(models_lite, "part_features")
-def no_bones(products_own, part):
-    """Joints' places alone, as in most of the field."""
-    features = products_own(part).unflatten(-1, (-1, 7))  # (B, T, V, 7)
-    prove("a bone is not 0", lambda: features[..., 5:].any())
-    features[..., 5:] = 0
-    return features.flatten(2)
+@instead_of(models_lite, "bones")
+def no_bones(products_own, hand):
+    """A hand's joints have their places alone."""
+    found = products_own(hand)
+    prove("a bone is not 0", found.any)
+    return torch.zeros_like(found)
 
 
 @instead_of(models_lite, "hand_features")
 def hands_in_body_scale(products_own, hand, wrist, mirror):
     """A hand's shape stays divided by the body's box, as load_part_kp gives it."""
     flip = hand.new_tensor([-1.0 if mirror else 1.0, 1.0, 1.0])
-    plain = torch.cat([part_features(hand * flip), wrist * flip], -1)  # (B, T, 7 V + 3)
+    flipped = hand * flip
+    plain = torch.cat([part_features(flipped), bones(flipped), wrist * flip], -1)  # (B, T, 148)
 
     def differs():
         return not torch.allclose(plain, products_own(hand, wrist, mirror))

@@ -58,8 +58,8 @@ TABLE = {
             ("augment: bool = True", "augment: bool = False"),
             ("max_steps: int = 450", "max_steps: int = 0"),
             ("max_steps: int = 500", "max_steps: int = 0"),
-            ('muon: str = "all"', 'muon: str = "off"'),
             ('muon: str = "encoder"', 'muon: str = "all"'),
+            ("warmup_epochs: float = 0.5", "warmup_epochs: float = 5"),
             ('"off", "Muon in place', '"all", "Muon in place'),
             ("num_beams: int = option(1,", "num_beams: int = option(4,"),
             ('64, "longest output', '32, "longest output'),
@@ -240,8 +240,8 @@ TABLE = {
         ],
         MODELS + "bone": [
             ("seen[:, :, 1:] & seen[:, :, :-1]", "seen[:, :, 1:] | seen[:, :, :-1]"),
-            ("bone[:, :, 1:] = xy", "bone[:, :, :-1] = xy"),
-            ("velocity, bone], -1)", "velocity, 0 * bone], -1)"),
+            (".diff(dim=2) * both_seen", ".diff(dim=2)"),
+            ("part_features(hand), bones(hand)", "part_features(hand), 0 * bones(hand)"),
         ],
         BITES + "glorots": [
             ("nn.init.xavier_uniform_(layer.weight)", "pass"),
