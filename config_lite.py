@@ -221,7 +221,7 @@ class ScratchConfig(TrainConfig):
     batch_size: int = 16
     gradient_accumulation: int = 2
     # steps stay steps at a third of the data
-    max_steps: int = 450
+    max_steps: int = 600
     learning_rate: float = 1e-3
     warmup_epochs: float = 0.5
     muon: str = "encoder"

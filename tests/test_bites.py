@@ -1300,7 +1300,7 @@ DEFAULTS = {
     ScratchConfig: {
         "batch_size": 16,
         "gradient_accumulation": 2,
-        "max_steps": 450,
+        "max_steps": 600,
         "muon": "encoder",
         "learning_rate": 1e-3,
         "warmup_epochs": 0.5,

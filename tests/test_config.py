@@ -250,7 +250,7 @@ def test_what_is_set_in_place_of_an_edited_default_is_named(monkeypatch):
     monkeypatch.setattr(TrainConfig.__dataclass_fields__["epochs"], "default", 7)
     line = set_instead(ScratchConfig(epochs=7))
     assert line.startswith("ScratchConfig sets: batch_size 16 (TrainConfig: 8), ")
-    assert "max_steps 450 (TrainConfig: 0) instead of epochs 7" in line
+    assert "max_steps 600 (TrainConfig: 0) instead of epochs 7" in line
     assert "\n" not in line
 
 

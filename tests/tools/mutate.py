@@ -56,7 +56,7 @@ TABLE = {
             ("learning_rate: float = 1e-3", "learning_rate: float = 2e-4"),
             ("ctc_weight: float = 0.5", "ctc_weight: float = 0.0"),
             ("augment: bool = True", "augment: bool = False"),
-            ("max_steps: int = 450", "max_steps: int = 0"),
+            ("max_steps: int = 600", "max_steps: int = 0"),
             ("max_steps: int = 500", "max_steps: int = 0"),
             ('muon: str = "encoder"', 'muon: str = "all"'),
             ("warmup_epochs: float = 0.5", "warmup_epochs: float = 5"),
