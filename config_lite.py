@@ -57,9 +57,7 @@ class TrainConfig:
     )
     weight_decay: float = option(0.01, "decoupled decay; norms and biases are spared")
     # from scratch it learns more from few takes (tests/RESULTS.md); with pretrained weights untried
-    muon: Literal["off", "encoder", "all"] = option(
-        "off", "Muon in place of AdamW for the matrices of encoder, or of encoder and decoder"
-    )
+    muon: bool = option(False, "Muon in place of AdamW for the hidden matrices before the decoder")
     max_grad_norm: float = option(1.0, "clip the gradient at this norm; 0 = off")
     seed: int = option(42, "of weights, order, augmentation and dropout", most=2**63 - 1)
 
@@ -224,7 +222,7 @@ class ScratchConfig(TrainConfig):
     max_steps: int = 600
     learning_rate: float = 1e-3
     warmup_epochs: float = 0.5
-    muon: str = "encoder"
+    muon: bool = True
     # glosses are the strongest help that a small corpus has
     ctc_weight: float = 0.5
     augment: bool = True

@@ -687,7 +687,7 @@ def test_last_pt_holds_plain_data_only(finished):
     } <= state.keys()
 
 
-@pytest.mark.parametrize("muon, off", [("off", 1e-5), ("all", 1e-4)])
+@pytest.mark.parametrize("muon, off", [("false", 1e-5), ("true", 1e-4)])
 def test_two_processes_train_like_one(demo, tmp_path, muon, off):
     """Two gloo processes and one with the same windows: parameters within 1e-5, metrics equal.
 

@@ -176,7 +176,7 @@ def gru(config, folder):
         config.join = 0.0
         data["train"].begin_epoch(0)
     batches = len(loaders["train"])
-    config = replace(config, muon="off")  # its matrices are not those of an mT5
+    config = replace(config, muon=False)  # its matrices are not those of an mT5
     (optimizer,), (scheduler,) = make_optimizers(model, config, config.max_steps, batches)
     interval = max(1, config.max_steps // VALIDATIONS)
     curve = []
