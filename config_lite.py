@@ -58,6 +58,10 @@ class TrainConfig:
     weight_decay: float = option(0.01, "decoupled decay; norms and biases are spared")
     # from scratch it learns more from few takes (tests/RESULTS.md); with pretrained weights untried
     muon: bool = option(False, "Muon in place of AdamW for the hidden matrices before the decoder")
+    # single steps at a high rate jump about: their mean is good in half the steps
+    average_steps: int = option(
+        0, "dev and best/ have the mean of the weights over about so many steps; 0 = the weights"
+    )
     max_grad_norm: float = option(1.0, "clip the gradient at this norm; 0 = off")
     seed: int = option(42, "of weights, order, augmentation and dropout", most=2**63 - 1)
 
@@ -221,8 +225,10 @@ class ScratchConfig(TrainConfig):
     # steps stay steps at a third of the data
     max_steps: int = 600
     learning_rate: float = 1e-3
+    # on tiny corpora a step or two: no worse than more (tests/RESULTS.md)
     warmup_epochs: float = 0.5
     muon: bool = True
+    average_steps: int = 20
     # glosses are the strongest help that a small corpus has
     ctc_weight: float = 0.5
     augment: bool = True

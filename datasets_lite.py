@@ -354,8 +354,8 @@ class SignLanguageDataset(Dataset):
             factors = 1.1 ** rng.uniform(-1, 1, len(self))
             self.lengths = (self.lengths * factors).round().astype(int).clip(4)
             self.totals = self.lengths.copy()
-            # sentences that nobody signed: a sign must be found wherever it stands; not at first:
-            # what is short is learnt as well, in half the time
+            # sentences that nobody signed: a sign must be found wherever it stands. Not in the
+            # first two epochs: short clips alone are learnt sooner
             share = self.config.join if epoch >= 2 else 0.0
             for index, other in enumerate(rng.permutation(len(self)).tolist()):
                 if self._fit(index, other) and rng.random() < share:

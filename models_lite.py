@@ -1,11 +1,9 @@
 """From batches to a loss or to text: front-end, mT5, and the vocabulary between ids and strings.
 
     body (B, T, 9, 3), left, right (B, T, 21, 3)
-    -> hand_features   each hand at its own scale, the left one flipped, its bones, and the body's
-                       wrist
+    -> hand_features   each hand at its own scale, the left one flipped, with its bones
     -> part_features   each joint's place, confidence and velocity, flattened: no joint is lost
-    -> pose_embed      less each feature's mean over the training clips: one linear layer for the
-                       body, one that both hands share
+    -> pose_embed      features less their means: a linear layer for the body, one for both hands
     -> fusion          the three parts of a frame together
     -> proj            temporal_stride frames -> one input position of mT5
     -> temporal        residual convolutions over time, padding masked; layer_norm, position
@@ -76,7 +74,7 @@ def bones(hand):
     """(B, T, 21, 3) -> (B, T, 40): each joint's place from the joint before, where both were seen.
 
     Along a finger, then from its tip to the next one's root. A hand's shape shows in them more than
-    in places, which all move where the hand turns: a third fewer errors from two takes a sign
+    in places, which all move where the hand turns: fewer errors from two takes a sign
     (tests/RESULTS.md, "Bones"). Not for the body: its proportions are the person's.
     """
     seen = hand[..., 2:] > 0  # (B, T, 21, 1)
@@ -112,7 +110,7 @@ def pose_features(src_input):
 
 
 class CentredLinear(nn.Linear):
-    """A linear layer over 2 (x - mean): the mean of the training clips (`fit`), at first 0.
+    """A linear layer over 2 (x - mean): the mean over training clips (`fit`), at first 0.
 
     What is always there, such as where a shoulder lies, is larger than what changes; with it in the
     input, training begins by learning to leave it out. Not over each feature's own deviation: that
@@ -129,7 +127,7 @@ class CentredLinear(nn.Linear):
 
     def forward(self, x):
         """x (..., in_features) -> (..., out_features)."""
-        # twice: what is left deviates by about a half or less
+        # deviations are mostly below a half: twice as much learns sooner
         return super().forward(2 * (x - self.mean))
 
 
@@ -436,6 +434,8 @@ class SignLanguageLite(nn.Module):
                 value[known] = given[rows[known]]
             elif given is None or given.shape != value.shape:
                 anew.append(name)
+            elif name.replace(".mean", ".weight") in anew:
+                pass  # a layer that begins anew is centred on this run's clips
             else:
                 value.copy_(given)
         print(

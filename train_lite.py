@@ -23,6 +23,7 @@ import time
 import zlib
 from collections import Counter
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
@@ -71,10 +72,11 @@ except ImportError:  # Windows: no lock on the run's folder, no peak memory of t
     fcntl = None
     resource = None
 
-# as usual with Muon, first layers, heads and tables stay with AdamW; so does the decoder, which
-# learns word order sooner (tests/RESULTS.md)
+# as usual with Muon, first layers, heads and tables stay with AdamW; so does the decoder, which was
+# no better under Muon, and slower (tests/RESULTS.md)
 MUON_LAYERS = ("fusion", "temporal", "proj", "mt5_model.encoder.block")
-MUON_RATE = 4  # times learning_rate: Muon's steps are a fifth as long as AdamW's first ones
+# Muon's rate, and with it its decay, in learning_rates: its steps are a fifth as long as AdamW's
+MUON_RATE = 4
 SAVE_EVERY = 15 * 60  # seconds; a longer epoch is saved within, too
 EVAL_BATCH = 16  # clips per forward pass of an evaluation, at least
 # In these fields a run may differ from the last.pt it goes on from: they do not shape the result.
@@ -84,7 +86,7 @@ use_tensorboard log_dir gradient_checkpointing on_bad_clip data_dir epochs max_s
 # SIGUSR1 is Slurm's, before the time is up; Windows has none
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)}
 # The fields of Run that last.pt keeps beside weights and optimisers.
-KEPT = "epoch batch step skipped bad_in_a_row meter history"
+KEPT = "epoch batch step skipped bad_in_a_row meter history average"
 
 
 class RunError(RuntimeError):
@@ -163,6 +165,7 @@ class Run:
     bad_in_a_row: int = 0  # not finite, one after another
     meter: Counter = field(default_factory=Counter)  # sums since the last validation
     history: list = field(default_factory=list)  # the lines of metrics.jsonl
+    average: list = field(default_factory=list)  # of each parameter; see average_steps
 
     # of the step that is under way
     window: Counter = field(default_factory=Counter)  # sums over its micro-batches
@@ -189,19 +192,23 @@ class Run:
 
     @property
     def best(self):
-        """The latest entry that was not worse than the highest by more than its standard error.
+        """The latest entry that is not plainly worse than those before.
 
-        Only the second half of the entries up to it counts: of many validations of a small dev
-        split the highest is a lucky moment, often an early one, and the schedule's end does better
-        on test. By BLEU-4; where no text has four tokens by exact match, since of single words chrF
-        tells too little.
+        Of many validations of a small dev split the highest is a lucky moment, often an early one,
+        and the schedule's end does better on test. So an entry may be one standard error (of a
+        share of the clips) below the highest of the second half of the entries up to it, and three
+        below the highest of all. By BLEU-4; where no text has four tokens by exact match, since of
+        single words chrF tells too little.
         """
         measure = "bleu4" if any(m["bleu4"] for m in self.history) else "exact_match"
         best = self.history[0]
         for count, latest in enumerate(self.history, 1):
-            highest = max(m[measure] for m in self.history[(count - 1) // 2 : count])  # in %
-            error = math.sqrt(abs(highest * (100 - highest)) / latest["dev_clips"])  # in %
-            if latest[measure] >= highest - error:
+            scores = [m[measure] for m in self.history[:count]]  # in %
+            highest = max(scores)
+            recent = max(scores[(count - 1) // 2 :])
+            spread = max(highest * (100 - highest), recent * (100 - recent))
+            error = math.sqrt(abs(spread) / latest["dev_clips"])  # in %
+            if scores[-1] >= max(recent - error, highest - 3 * error):
                 best = latest
         return best
 
@@ -386,6 +393,7 @@ def train(config, inference, args=None):
         run.optimizers, run.schedulers = make_optimizers(
             run.model, config, run.total_steps, steps_per_epoch, state
         )
+        run.average = [p.detach().clone() for p in run.model.parameters() if config.average_steps]
         if state:
             restore(run, state)
         run.net = run.model
@@ -581,14 +589,14 @@ def build_model(config, data, state=None):
                 "mt5_path or sentencepiece changed? --auto_resume false starts anew"
             )
         model.load_saved(state["model"])
-    elif config.init_from:
-        model.init_from(config.init_from)  # with its means
     else:
-        # a few hundred clips tell enough of the means
+        # a few hundred clips, as the first epoch plays them, tell enough of the means
         train = data["train"]
         chosen = range(0, len(train), math.ceil(len(train) / 300))
         src_input, _ = train.collate_fn([train[clip] for clip in chosen])
         model.centre(src_input)
+        if config.init_from:
+            model.init_from(config.init_from)
     for dataset in data.values():
         dataset.encode = model.codec.encode  # texts become labels in the loading processes
     return model
@@ -675,6 +683,7 @@ def restore(run, state):
     """
     for name in KEPT.split():
         setattr(run, name, state[name])
+    run.average = [average.to(run.place.device) for average in run.average]
     if not list(run.folder.glob("best*")):
         run.history = []
 
@@ -854,8 +863,12 @@ def optimiser_step(run):
         if run.step + 1 < run.total_steps:
             scheduler.step()
     run.model.zero_grad()
-    # what follows begins a new window
     run.step += 1
+    # at first over an eighth of the steps: what was far off is soon forgotten
+    steps = max(1, min(run.config.average_steps, run.step / 8))
+    for average, parameter in zip(run.average, run.model.parameters()):
+        average.lerp_(parameter.detach(), 1 / steps)
+    # what follows begins a new window
     run.last_loss = window["loss"] / tokens
     run.window = Counter()
     if run.bad_in_a_row >= 10:
@@ -866,6 +879,16 @@ def optimiser_step(run):
     # between two steps there is no gradient to keep
     if stop_signal:
         raise Stopped(stop_signal)
+
+
+def averaged_model(run):
+    """What dev scores and best/ holds: the model, or a copy that has the averages as weights."""
+    if not run.average:
+        return run.model
+    model = deepcopy(run.model)
+    for parameter, average in zip(model.parameters(), run.average):
+        parameter.data.copy_(average)
+    return model
 
 
 @contextmanager
@@ -924,7 +947,7 @@ def validate(run):
         # several processes stop at an optimiser step, together
         signals = run.signals if run.place.world == 1 else None
         loader = make_loader(run.data["dev"])
-        scored = evaluate(run.model, loader, run.inference, run.place, signals)
+        scored = evaluate(averaged_model(run), loader, run.inference, run.place, signals)
     scores, rows = run.place.gather(scored)[0]
     # of training since the last validation
     sums = run.meter
@@ -1182,7 +1205,7 @@ def save_best(run, metrics):
     """Replace best/ as a whole; `models_lite.find_best` reads it, or best.old after a crash."""
 
     def write(folder):
-        run.model.save_pretrained(folder, **run.description)
+        averaged_model(run).save_pretrained(folder, **run.description)
         (folder / "metrics.json").write_bytes(to_json(metrics).encode())
 
     write_whole(run.folder / "best", write)

@@ -508,7 +508,7 @@ def standing_run(clips, folder, **options):
     return run
 
 
-KEPT = ("epoch", "batch", "step", "skipped", "bad_in_a_row", "meter", "history")
+KEPT = ("epoch", "batch", "step", "skipped", "bad_in_a_row", "meter", "history", "average")
 
 
 def test_a_resumed_run_stands_where_it_stood(clips, tmp_path):
@@ -576,6 +576,12 @@ def figures(bleu4, exact, dev_loss, dev_clips=100, chrf=0.0):
         ([figures(0, x, 1, 150) for x in (0, 71, 51, 55, 61, 61, 56, 63, 61)], 8),
         ([figures(0, x, 1, 150) for x in (0, 71, 51, 55, 61)], 4),
         ([figures(0, x, 1, 150) for x in (0, 71, 51)], 1),
+        # what collapses, or goes on far below, is never best, however long
+        ([figures(x, 0, 1, 150) for x in (0, 20, 50, 70, 80, *[0] * 10)], 4),
+        ([figures(x, 0, 1, 150) for x in (0, 50, 80, *[68] * 10)], 2),
+        ([figures(x, 0, 1, 150) for x in (0, 50, 80, *[69] * 10)], 12),
+        # one lucky 100 % does not stay for ever
+        ([figures(x, 0, 1, 150) for x in (0, 90, 100, 98, 99, 98, 99)], 6),
     ],
 )
 def test_best_is_the_latest_within_a_standard_error_of_the_highest(history, best):
@@ -1272,6 +1278,7 @@ DEFAULTS = {
         "gradient_accumulation": 16,
         "epochs": 50,
         "muon": False,
+        "average_steps": 0,
         "join": 0.5,
         "mirror": 0.5,
         "max_steps": 0,
@@ -1302,6 +1309,7 @@ DEFAULTS = {
         "gradient_accumulation": 2,
         "max_steps": 600,
         "muon": True,
+        "average_steps": 20,
         "learning_rate": 1e-3,
         "warmup_epochs": 0.5,
         "ctc_weight": 0.5,
@@ -1542,6 +1550,60 @@ def test_every_parameter_is_stepped_and_muons_rate_is_four_times_as_high(clips):
     assert not still, still
     adamw, muon = (scheduler.get_last_lr()[0] for scheduler in run.schedulers)
     assert muon == pytest.approx(4 * adamw, rel=0.01)
+
+
+# ------------------------------------------------------------ average of weights
+
+
+def test_the_average_is_over_an_eighth_of_the_steps_and_at_most_so_many(clips):
+    model = scratch_model(clips).train()
+    run = run_of(model, clips, batch_size=1, gradient_accumulation=2, average_steps=3)
+    weight = model.fusion.weight
+    run.average = copied(model)
+    where = [p is weight for p in model.parameters()].index(True)
+    # of ten steps, and as if many had gone before
+    for before, newest in ((0, 1), (6, 1), (11, 1 / 1.5), (23, 1 / 3), (999, 1 / 3)):
+        average = run.average[where].clone()
+        run.step = before
+        run.total_steps = before + 1
+        train_epoch(run)
+        assert run.step == before + 1
+        wanted = average + newest * (weight.detach() - average)
+        assert torch.allclose(run.average[where], wanted, atol=1e-7), before
+        assert newest == 1 or not torch.equal(run.average[where], weight)
+
+
+def copied(model):
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def test_dev_scores_the_average_and_best_holds_it_and_training_goes_on_with_the_weights(
+    clips, tmp_path, monkeypatch
+):
+    run = standing_run(clips, tmp_path)
+    run.data["dev"] = clips
+    run.history = []
+    weights = copied(run.model)
+    run.average = [2 * weight for weight in weights]
+    scored = []
+
+    def evaluate(model, *more):
+        scored.extend(copied(model))
+        return original(model, *more)
+
+    original = train_lite.evaluate
+    monkeypatch.setattr(train_lite, "evaluate", evaluate)
+    train_lite.validate(run)
+    best = copied(SignLanguageLite.from_pretrained(tmp_path / "best"))
+    for weight, now, read, kept in zip(weights, copied(run.model), scored, best, strict=True):
+        assert torch.equal(now, weight)
+        assert torch.equal(read, 2 * weight)
+        assert torch.equal(kept, 2 * weight)
+
+
+def test_without_an_average_dev_scores_the_model_itself(clips, tmp_path):
+    run = standing_run(clips, tmp_path)
+    assert train_lite.averaged_model(run) is run.model
 
 
 # ------------------------------------------------------------ small promises

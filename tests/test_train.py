@@ -531,6 +531,7 @@ def test_another_configuration_never_writes_over_a_run(
     [
         3,  # in the middle of a window
         7,  # in the second epoch
+        12,  # in the third, with joined clips and an average
     ],
 )
 def test_resuming_equals_an_uninterrupted_run(
@@ -558,6 +559,8 @@ def test_resuming_equals_an_uninterrupted_run(
     assert tiny_run(demo, out, 12, *flags) == 128 + signal.SIGTERM
     assert tiny_run(demo, out, 12, *flags) == 0
     assert_equal_parameters(out, finished)
+    whole, again = (train_lite.load_checkpoint(run / "last.pt") for run in (finished, out))
+    assert all(map(torch.equal, whole["average"], again["average"]))
     assert learning_curve(out) == learning_curve(finished)
 
 
