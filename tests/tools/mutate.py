@@ -243,14 +243,6 @@ TABLE = {
             (".diff(dim=2) * both_seen", ".diff(dim=2)"),
             ("part_features(hand), bones(hand)", "part_features(hand), 0 * bones(hand)"),
         ],
-        BITES + "average": [
-            ("run.step / 8))", "run.step))"),
-            ("max(1, min(run.config.average_steps, run", "max(1, min(99, run"),
-            ("1 / steps)", "1)"),
-            ("evaluate(averaged_model(run), loader", "evaluate(run.model, loader"),
-            ("averaged_model(run).save_pretrained", "run.model.save_pretrained"),
-            ("model = deepcopy(run.model)", "model = run.model"),
-        ],
         BITES + "glorots": [
             ("nn.init.xavier_uniform_(layer.weight)", "pass"),
             ("nn.init.zeros_(layer.bias)", "pass"),
@@ -414,6 +406,14 @@ TABLE = {
             ('last = min(state["step"], total_steps - 1) - 1', "last = -1"),
             ("optimizer.load_state_dict(saved)", "pass"),
             ('if not list(run.folder.glob("best*")):', "if False:"),
+        ],
+        BITES + "average": [
+            ("run.step / 8))", "run.step))"),
+            ("max(1, min(run.config.average_steps, run", "max(1, min(99, run"),
+            ("1 / steps)", "1)"),
+            ("evaluate(averaged_model(run), loader", "evaluate(run.model, loader"),
+            ("averaged_model(run).save_pretrained", "run.model.save_pretrained"),
+            ("model = deepcopy(run.model)", "model = run.model"),
         ],
         BITES + "last_weights": [
             ("run.step >= run.total_steps and run.validated", "run.step >= run.total_steps"),
