@@ -82,35 +82,32 @@ def bones(hand):
     return (hand[..., :2].diff(dim=2) * both_seen).flatten(2)  # (B, T, 40)
 
 
-def hand_features(hand, wrist, mirror):
+def hand_features(hand, wrist):
     """hand (B, T, 21, 3), the body's wrist (B, T, 3) -> (B, T, 148): the shape, then its place.
 
     As load_part_kp gives it a hand is over the body's box, and small: its shape is divided by its
-    root mean square distance from its own first joint over the clip. The left hand is flipped: the
-    layer that both share sees like shapes.
+    root mean square distance from its own first joint over the clip.
     """
     xy, confidence = hand.split([2, 1], -1)  # (B, T, 21, 2), (B, T, 21, 1)
     joints = (confidence > 0).sum((1, 2, 3), keepdim=True)  # (B, 1, 1, 1); the others are zero
     # of length 1 over the whole clip, then of root mean square 1; jitter alone stays small
     xy = F.normalize(xy, dim=(1, 2, 3), eps=0.02) * joints.sqrt()  # (B, T, 21, 2)
     hand = torch.cat([xy, confidence], -1)  # (B, T, 21, 3)
-    if mirror:
-        flip = hand.new_tensor([-1.0, 1.0, 1.0])  # x alone
-        hand = hand * flip
-        wrist = wrist * flip
     return torch.cat([part_features(hand), bones(hand), wrist], -1)  # (B, T, 148)
 
 
 def pose_features(src_input):
     """A batch -> body (B, T, 45), hands (2 B, T, 148): all left ones, then all right ones."""
     body = src_input["body"]  # (B, T, 9, 3)
-    left = hand_features(src_input["left"], body[:, :, LEFT_WRIST], mirror=True)  # (B, T, 148)
-    right = hand_features(src_input["right"], body[:, :, RIGHT_WRIST], mirror=False)
+    # of the left hand x: the layer that both share sees like shapes
+    flip = body.new_tensor([-1.0, 1.0, 1.0])
+    left = hand_features(src_input["left"] * flip, body[:, :, LEFT_WRIST] * flip)  # (B, T, 148)
+    right = hand_features(src_input["right"], body[:, :, RIGHT_WRIST])  # (B, T, 148)
     return part_features(body), torch.cat([left, right])
 
 
 class CentredLinear(nn.Linear):
-    """A linear layer over 2 (x - mean): the mean over training clips (`fit`), at first 0.
+    """A linear layer over 2 (x - mean): the mean over training clips, at first 0.
 
     What is always there, such as where a shoulder lies, is larger than what changes; with it in the
     input, training begins by learning to leave it out. Not over each feature's own deviation: that
@@ -120,10 +117,6 @@ class CentredLinear(nn.Linear):
     def __init__(self, in_features, out_features):
         super().__init__(in_features, out_features)
         self.register_buffer("mean", torch.zeros(in_features))
-
-    def fit(self, x):
-        """x (frames, in_features): of the training clips."""
-        self.mean.copy_(x.mean(0))
 
     def forward(self, x):
         """x (..., in_features) -> (..., out_features)."""
@@ -269,8 +262,8 @@ class SignLanguageLite(nn.Module):
         """Take each pose feature's mean from these clips, once, before training."""
         body, hands = pose_features(src_input)
         real = src_input["attention_mask"].bool()  # (B, T)
-        self.pose_embed["body"].fit(body[real])
-        self.pose_embed["hand"].fit(hands[torch.cat([real, real])])
+        self.pose_embed["body"].mean = body[real].mean(0)
+        self.pose_embed["hand"].mean = hands[real.repeat(2, 1)].mean(0)
 
     def encode_pose(self, src_input):
         """-> embeddings (B, T', d_model), mask (B, T'). Raises ConfigError beyond max_length."""
@@ -434,8 +427,6 @@ class SignLanguageLite(nn.Module):
                 value[known] = given[rows[known]]
             elif given is None or given.shape != value.shape:
                 anew.append(name)
-            elif name.replace(".mean", ".weight") in anew:
-                pass  # a layer that begins anew is centred on this run's clips
             else:
                 value.copy_(given)
         print(

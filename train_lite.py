@@ -75,8 +75,6 @@ except ImportError:  # Windows: no lock on the run's folder, no peak memory of t
 # as usual with Muon, first layers, heads and tables stay with AdamW; so does the decoder, which was
 # no better under Muon, and slower (tests/RESULTS.md)
 MUON_LAYERS = ("fusion", "temporal", "proj", "mt5_model.encoder.block")
-# Muon's rate, and with it its decay, in learning_rates: its steps are a fifth as long as AdamW's
-MUON_RATE = 4
 SAVE_EVERY = 15 * 60  # seconds; a longer epoch is saved within, too
 EVAL_BATCH = 16  # clips per forward pass of an evaluation, at least
 # In these fields a run may differ from the last.pt it goes on from: they do not shape the result.
@@ -165,7 +163,7 @@ class Run:
     bad_in_a_row: int = 0  # not finite, one after another
     meter: Counter = field(default_factory=Counter)  # sums since the last validation
     history: list = field(default_factory=list)  # the lines of metrics.jsonl
-    average: list = field(default_factory=list)  # of each parameter; see average_steps
+    average: Any = ()  # of each parameter, see average_steps
 
     # of the step that is under way
     window: Counter = field(default_factory=Counter)  # sums over its micro-batches
@@ -201,11 +199,11 @@ class Run:
         single words chrF tells too little.
         """
         measure = "bleu4" if any(m["bleu4"] for m in self.history) else "exact_match"
-        best = self.history[0]
-        for count, latest in enumerate(self.history, 1):
-            scores = [m[measure] for m in self.history[:count]]  # in %
+        scores = []  # in %
+        for latest in self.history:
+            scores.append(latest[measure])
             highest = max(scores)
-            recent = max(scores[(count - 1) // 2 :])
+            recent = max(scores[(len(scores) - 1) // 2 :])
             spread = max(highest * (100 - highest), recent * (100 - recent))
             error = math.sqrt(abs(spread) / latest["dev_clips"])  # in %
             if scores[-1] >= max(recent - error, highest - 3 * error):
@@ -393,7 +391,6 @@ def train(config, inference, args=None):
         run.optimizers, run.schedulers = make_optimizers(
             run.model, config, run.total_steps, steps_per_epoch, state
         )
-        run.average = [p.detach().clone() for p in run.model.parameters() if config.average_steps]
         if state:
             restore(run, state)
         run.net = run.model
@@ -590,13 +587,13 @@ def build_model(config, data, state=None):
             )
         model.load_saved(state["model"])
     else:
+        if config.init_from:
+            model.init_from(config.init_from)
         # a few hundred clips, as the first epoch plays them, tell enough of the means
         train = data["train"]
         chosen = range(0, len(train), math.ceil(len(train) / 300))
         src_input, _ = train.collate_fn([train[clip] for clip in chosen])
         model.centre(src_input)
-        if config.init_from:
-            model.init_from(config.init_from)
     for dataset in data.values():
         dataset.encode = model.codec.encode  # texts become labels in the loading processes
     return model
@@ -654,7 +651,7 @@ def make_optimizers(model, config, total_steps, steps_per_epoch, state=None):
     if hidden:
         muon = torch.optim.Muon(
             hidden,
-            MUON_RATE * config.learning_rate,
+            4 * config.learning_rate,  # its steps are a fifth as long as AdamW's first ones
             config.weight_decay,
             ns_steps=3,  # not five, dear on a CPU: 2 of 50 clips apart (tests/RESULTS.md)
             adjust_lr_fn="match_rms_adamw",  # a rate for all shapes
@@ -866,6 +863,8 @@ def optimiser_step(run):
     run.step += 1
     # at first over an eighth of the steps: what was far off is soon forgotten
     steps = max(1, min(run.config.average_steps, run.step / 8))
+    if run.config.average_steps:
+        run.average = run.average or [p.detach().clone() for p in run.model.parameters()]
     for average, parameter in zip(run.average, run.model.parameters()):
         average.lerp_(parameter.detach(), 1 / steps)
     # what follows begins a new window
@@ -887,7 +886,7 @@ def averaged_model(run):
         return run.model
     model = deepcopy(run.model)
     for parameter, average in zip(model.parameters(), run.average):
-        parameter.data.copy_(average)
+        parameter.data = average
     return model
 
 
@@ -946,8 +945,8 @@ def validate(run):
     if run.place.rank == 0:  # the others wait
         # several processes stop at an optimiser step, together
         signals = run.signals if run.place.world == 1 else None
-        loader = make_loader(run.data["dev"])
-        scored = evaluate(averaged_model(run), loader, run.inference, run.place, signals)
+        dev = make_loader(run.data["dev"])
+        scored = evaluate(averaged_model(run), dev, run.inference, run.place, signals)
     scores, rows = run.place.gather(scored)[0]
     # of training since the last validation
     sums = run.meter

@@ -100,7 +100,7 @@ def test_a_hand_is_divided_by_its_root_mean_square_over_the_seen_joints():
     wanted[0, 0, 2] = 1
     wanted[0, 1] = torch.tensor([0.3 / rms, 0.4 / rms, 0.9])
     wanted[1, 2] = torch.tensor([0, 0.7 / rms, 0.8])
-    shape = hand_features(hand, torch.zeros(1, 2, 3), False)[..., :105].unflatten(-1, (21, 5))
+    shape = hand_features(hand, torch.zeros(1, 2, 3))[..., :105].unflatten(-1, (21, 5))
     assert torch.allclose(shape[0, ..., :3], wanted, atol=1e-6)
 
 
@@ -113,8 +113,8 @@ def test_the_front_end_is_what_its_docstring_draws(clips, odd):
     hand = model.pose_embed["hand"]
     parts = [
         model.pose_embed["body"](part_features(body)),
-        hand(hand_features(left, body[:, :, 7], True)),
-        hand(hand_features(right, body[:, :, 8], False)),
+        hand(hand_features(left * MIRROR, body[:, :, 7] * MIRROR)),
+        hand(hand_features(right, body[:, :, 8])),
     ]
     x = model.fusion(F.gelu(torch.cat(parts, -1)))
     if x.shape[1] % 2:
@@ -504,6 +504,7 @@ def standing_run(clips, folder, **options):
     run.folder = folder
     run.epoch, run.batch, run.step, run.skipped, run.bad_in_a_row = 3, 4, 5, 6, 7
     run.meter = Counter(tokens=8, loss=9.5)
+    run.average = []
     run.history = [{"step": 4, "bleu4": 1.0, "chrf": 1.0, "dev_loss": 1.0, "dev_clips": 9}]
     return run
 

@@ -40,6 +40,7 @@ from models_lite import (
     bones,
     hand_features,
     part_features,
+    pose_features,
     train_tokenizer,
 )
 
@@ -705,7 +706,7 @@ def test_a_bone_leads_from_the_joint_before_where_both_were_seen():
 
 def test_a_hand_is_given_with_its_bones_at_its_own_scale():
     hand = torch.rand(1, 6, 21, 3) + 0.1
-    found = hand_features(hand, torch.zeros(1, 6, 3), False)
+    found = hand_features(hand, torch.zeros(1, 6, 3))
     root_mean_square = hand[..., :2].square().sum(-1).mean().sqrt()
     assert torch.allclose(found[..., 105:145] * root_mean_square, bones(hand), atol=1e-5)
 
@@ -714,27 +715,31 @@ def test_a_hand_is_seen_at_its_own_scale_and_in_its_place():
     hand = torch.rand(1, 6, 21, 3) + 0.1
     wrist = torch.rand(1, 6, 3)
     smaller_hand = hand * torch.tensor([0.1, 0.1, 1.0])
-    features = hand_features(hand, wrist, False)
-    smaller = hand_features(smaller_hand, wrist, False)
+    features = hand_features(hand, wrist)
+    smaller = hand_features(smaller_hand, wrist)
     off = (features - smaller).abs().max()
     assert torch.allclose(features, smaller, atol=1e-4), f"off by {off}"
-    moved = hand_features(hand, wrist + 0.1, False)
+    moved = hand_features(hand, wrist + 0.1)
     assert torch.equal(features[..., :-3], moved[..., :-3])
     assert not torch.equal(features[..., -3:], moved[..., -3:])
 
 
 def test_an_unseen_hand_has_finite_features():
-    unseen = hand_features(torch.zeros(2, 5, 21, 3), torch.zeros(2, 5, 3), True)
+    unseen = hand_features(torch.zeros(2, 5, 21, 3), torch.zeros(2, 5, 3))
     assert torch.isfinite(unseen).all()
     assert not unseen.any()
 
 
 def test_both_hands_go_through_the_same_weights_and_the_left_one_is_mirrored(clips):
     mirror = torch.tensor([-1.0, 1.0, 1.0])
-    hand = torch.rand(1, 6, 21, 3)
-    wrist = torch.rand(1, 6, 3)
-    left = hand_features(hand, wrist, True)
-    right = hand_features(hand * mirror, wrist * mirror, False)
+    hand = torch.rand(2, 6, 21, 3)
+    body = torch.rand(2, 6, 9, 3)
+    other = body * mirror
+    other[:, :, RIGHT_WRIST] = body[:, :, LEFT_WRIST] * mirror
+    _, hands = pose_features({"body": body, "left": hand, "right": 0 * hand})
+    left = hands.chunk(2)[0]
+    _, hands = pose_features({"body": other, "left": 0 * hand, "right": hand * mirror})
+    right = hands.chunk(2)[1]
     assert torch.allclose(left, right, atol=1e-6), (
         "a left hand and its mirror image on the right are one shape"
     )
@@ -751,12 +756,12 @@ def test_both_hands_go_through_the_same_weights_and_the_left_one_is_mirrored(cli
         assert moving == weights, f"without the {absent} hand"
 
 
-def test_a_centred_layer_doubles_what_differs_from_the_mean_it_was_fitted_to():
+def test_a_centred_layer_doubles_what_differs_from_the_mean():
     layer = CentredLinear(2, 1)
     nn.init.ones_(layer.weight)
     nn.init.zeros_(layer.bias)
     assert layer(torch.tensor([[3.0, 4.0]])).item() == 14
-    layer.fit(torch.tensor([[1.0, 5.0], [3.0, 5.0], [5.0, 5.0]]))
+    layer.mean = torch.tensor([3.0, 5.0])
     assert layer(torch.tensor([[7.0, 5.5]])).item() == 2 * (4 + 0.5)
 
 
@@ -766,8 +771,9 @@ def test_features_are_centred_over_real_frames_of_both_hands(clips):
     model.centre(with_frames_appended(src_input, 17))
     real = src_input["attention_mask"].bool()
     body = src_input["body"]
-    left = hand_features(src_input["left"], body[:, :, LEFT_WRIST], True)[real]
-    right = hand_features(src_input["right"], body[:, :, RIGHT_WRIST], False)[real]
+    mirror = torch.tensor([-1.0, 1.0, 1.0])
+    left = hand_features(src_input["left"] * mirror, body[:, :, LEFT_WRIST] * mirror)[real]
+    right = hand_features(src_input["right"], body[:, :, RIGHT_WRIST])[real]
     for part, wanted in (("body", part_features(body)[real]), ("hand", torch.cat([left, right]))):
         assert torch.allclose(model.pose_embed[part].mean, wanted.mean(0), atol=1e-5), part
 

@@ -59,7 +59,7 @@ def centred_by(train, width=1):
         frames.append(features(src_input)[0])  # (T, F)
     frames = torch.cat(frames)  # (all frames, F)
     layer = CentredLinear(frames.shape[1], width)
-    layer.fit(frames)
+    layer.mean = frames.mean(0)
     return layer
 
 

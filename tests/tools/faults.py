@@ -435,14 +435,12 @@ def no_bones(products_own, hand):
 
 
 @instead_of(models_lite, "hand_features")
-def hands_in_body_scale(products_own, hand, wrist, mirror):
+def hands_in_body_scale(products_own, hand, wrist):
     """A hand's shape stays divided by the body's box, as load_part_kp gives it."""
-    flip = hand.new_tensor([-1.0 if mirror else 1.0, 1.0, 1.0])
-    flipped = hand * flip
-    plain = torch.cat([part_features(flipped), bones(flipped), wrist * flip], -1)  # (B, T, 148)
+    plain = torch.cat([part_features(hand), bones(hand), wrist], -1)  # (B, T, 148)
 
     def differs():
-        return not torch.allclose(plain, products_own(hand, wrist, mirror))
+        return not torch.allclose(plain, products_own(hand, wrist))
 
     prove("features differ", differs)
     return plain

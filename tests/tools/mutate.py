@@ -203,11 +203,11 @@ TABLE = {
     "models_lite.py": {
         BITES + "given_as_a_text": [("[gloss] if isinstance(gloss, str) else gloss", "gloss")],
         BITES + "own_wrist": [
-            ("body[:, :, LEFT_WRIST], mirror=True", "body[:, :, RIGHT_WRIST], mirror=True"),
-            ("body[:, :, RIGHT_WRIST], mirror=False", "body[:, :, LEFT_WRIST], mirror=False"),
-            ("LEFT_WRIST], mirror=True", "LEFT_WRIST], mirror=False"),
-            ("RIGHT_WRIST], mirror=False", "RIGHT_WRIST], mirror=True"),
-            ("wrist = wrist * flip", "pass"),
+            ("body[:, :, LEFT_WRIST] * flip", "body[:, :, RIGHT_WRIST] * flip"),
+            ("body[:, :, RIGHT_WRIST])", "body[:, :, LEFT_WRIST])"),
+            ("body[:, :, LEFT_WRIST] * flip", "body[:, :, LEFT_WRIST]"),
+            ('src_input["left"] * flip', 'src_input["left"]'),
+            ("body[:, :, RIGHT_WRIST])", "body[:, :, RIGHT_WRIST] * flip)"),
             ("[-1.0, 1.0, 1.0]", "[1.0, -1.0, 1.0]"),
         ],
         BITES + "root_mean_square": [
@@ -228,10 +228,9 @@ TABLE = {
             ("F.pad(x * mask[..., None],", "F.pad(x,"),
         ],
         MODELS + "centred or taken_over": [
-            ("self.mean.copy_(x.mean(0))", "pass"),
             ("2 * (x - self.mean)", "x - self.mean"),
-            ("fit(body[real])", "fit(body.flatten(0, 1))"),
-            ("fit(hands[torch.cat([real, real])])", "fit(hands[: len(real)][real])"),
+            ("mean = body[real].mean(0)", "mean = body.flatten(0, 1).mean(0)"),
+            ("hands[real.repeat(2, 1)]", "hands[: len(real)][real]"),
             ('return state | self.pose_embed.state_dict(prefix="pose_embed.")', "return state"),
         ],
         MODELS + "velocity": [
@@ -411,7 +410,7 @@ TABLE = {
             ("run.step / 8))", "run.step))"),
             ("max(1, min(run.config.average_steps, run", "max(1, min(99, run"),
             ("1 / steps)", "1)"),
-            ("evaluate(averaged_model(run), loader", "evaluate(run.model, loader"),
+            ("evaluate(averaged_model(run), dev", "evaluate(run.model, dev"),
             ("averaged_model(run).save_pretrained", "run.model.save_pretrained"),
             ("model = deepcopy(run.model)", "model = run.model"),
         ],
@@ -424,7 +423,7 @@ TABLE = {
         ],
         BITES + "standard_error or validation_saves": [
             ('else "exact_match"', 'else "chrf"'),
-            ("scores[(count - 1) // 2 :])", "scores)"),
+            ("max(scores[(len(scores) - 1) // 2 :])", "max(scores)"),
             ("max(recent - error,", "max(recent,"),
             ("max(recent - error,", "max(recent - 2 * error,"),
             ("highest - 3 * error)", "0)"),
@@ -524,7 +523,7 @@ TABLE = {
             ("if config.muon and isinstance(", "if isinstance("),
             ("if config.muon and isinstance(", "if False and isinstance("),
             ("optimizers.append(muon)", "pass"),
-            ("MUON_RATE * config.learning_rate", "config.learning_rate"),
+            ("4 * config.learning_rate", "config.learning_rate"),
         ],
         BITES + "exit_codes": [
             ("return 128 + signal.SIGINT", "return 1"),
