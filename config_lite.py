@@ -225,7 +225,7 @@ class ScratchConfig(TrainConfig):
     # steps stay steps at a third of the data
     max_steps: int = 600
     learning_rate: float = 1e-3
-    # on tiny corpora a step or two: no worse than more (tests/RESULTS.md)
+    # on tiny corpora a step or two, which did no harm
     warmup_epochs: float = 0.5
     muon: bool = True
     average_steps: int = 20

@@ -421,7 +421,7 @@ TABLE = {
         TRAIN + "decides_how_bleu": [
             ('"zh" if language == "zh" else "char"', '"char" if language == "zh" else "char"'),
         ],
-        BITES + "standard_error or validation_saves": [
+        BITES + "plainly_worse or validation_saves": [
             ('else "exact_match"', 'else "chrf"'),
             ("max(scores[(len(scores) - 1) // 2 :])", "max(scores)"),
             ("max(recent - error,", "max(recent,"),
