@@ -58,9 +58,10 @@ class TrainConfig:
     weight_decay: float = option(0.01, "decoupled decay; norms and biases are spared")
     # from scratch it learns more from few takes (tests/RESULTS.md); with pretrained weights untried
     muon: bool = option(False, "Muon in place of AdamW for the hidden matrices before the decoder")
-    # single steps at a high rate jump about: their mean is good in half the steps
+    # single steps at a high rate jump about, their mean does not (tests/RESULTS.md); it needs the
+    # weights' memory twice more
     average_steps: int = option(
-        0, "dev and best/ have the mean of the weights over about so many steps; 0 = the weights"
+        0, "dev and best/ have an average of the weights over about so many steps; 0 = the weights"
     )
     max_grad_norm: float = option(1.0, "clip the gradient at this norm; 0 = off")
     seed: int = option(42, "of weights, order, augmentation and dropout", most=2**63 - 1)

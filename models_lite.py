@@ -259,7 +259,7 @@ class SignLanguageLite(nn.Module):
 
     @torch.no_grad()
     def centre(self, src_input):
-        """Take each pose feature's mean from these clips, once, before training."""
+        """Take each pose feature's mean from these clips: before training, on their device."""
         body, hands = pose_features(src_input)
         real = src_input["attention_mask"].bool()  # (B, T)
         self.pose_embed["body"].mean = body[real].mean(0)
@@ -411,7 +411,10 @@ class SignLanguageLite(nn.Module):
         self.load_state_dict(state, strict=False, assign=self.layer_norm.weight.is_meta)
 
     def init_from(self, folder):
-        """Start from another run: same-shaped layers are copied, shared pieces keep their rows."""
+        """Start from another run: same-shaped layers are copied, shared pieces keep their rows.
+
+        Poses are then centred on this run's own clips (`centre`).
+        """
         other = SignLanguageLite.from_pretrained(folder)
         if other.glosses != self.glosses:
             other.gloss_head = None  # maybe of the same shape, but of other classes

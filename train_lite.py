@@ -193,10 +193,11 @@ class Run:
         """The latest entry that is not plainly worse than those before.
 
         Of many validations of a small dev split the highest is a lucky moment, often an early one,
-        and the schedule's end does better on test. So an entry may be one standard error (of a
-        share of the clips) below the highest of the second half of the entries up to it, and three
-        below the highest of all. By BLEU-4; where no text has four tokens by exact match, since of
-        single words chrF tells too little.
+        and the schedule's end does better on test. So an entry may be one standard error below the
+        highest of the second half of the entries up to it, and three below the highest of all. The
+        error is that of a share of dev's clips, at whichever of the two is nearer to 50 %. By
+        BLEU-4; where no text has four tokens by exact match, since of single words chrF tells too
+        little.
         """
         measure = "bleu4" if any(m["bleu4"] for m in self.history) else "exact_match"
         scores = []  # in %

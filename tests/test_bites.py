@@ -462,6 +462,17 @@ def test_a_new_model_is_centred_by_its_training_clips(clips):
         assert torch.allclose(layer.mean, wanted.pose_embed[part].mean, atol=1e-6), part
 
 
+def test_a_run_from_anothers_weights_is_centred_by_its_own_clips(clips, tmp_path):
+    data = {"train": copy.copy(clips), "dev": copy.copy(clips)}
+    other = scratch_model(clips)
+    other.save_pretrained(tmp_path)
+    model = train_lite.build_model(scratch_config(seed=7, init_from=str(tmp_path)), data)
+    for part, layer in model.pose_embed.items():
+        assert torch.equal(layer.weight, other.pose_embed[part].weight), part
+        assert layer.mean.any(), part
+        assert not other.pose_embed[part].mean.any(), part
+
+
 # ------------------------------------------------------------ steps that are not finite
 
 
@@ -514,6 +525,7 @@ KEPT = ("epoch", "batch", "step", "skipped", "bad_in_a_row", "meter", "history",
 
 def test_a_resumed_run_stands_where_it_stood(clips, tmp_path):
     run = standing_run(clips, tmp_path)
+    run.average = [torch.full((), 2.0)]
     run.optimizers[0].step()
     for _ in range(run.step):
         run.schedulers[0].step()
