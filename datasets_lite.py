@@ -573,7 +573,7 @@ def augment_clip(keypoints, scores, rng, frames):
     turn[0] *= aspect
     body = np.dstack([keypoints[:, BODY], scores[:, BODY]])  # (frames, 9, 3)
     _, extent, _ = crop_scale(body, THRESHOLD)
-    noise = rng.standard_normal((frames, len(USED), 2), np.float32)
+    noise = rng.standard_normal((frames, len(USED), 2), np.float32)  # (frames, 51, 2)
     keypoints = keypoints @ turn  # (frames, 133, 2)
     keypoints[:, USED] += 0.003 * np.float32(extent) * noise
     return keypoints, scores

@@ -100,10 +100,10 @@ def pose_features(src_input):
     """A batch -> body (B, T, 45), hands (2 B, T, 148): all left ones, then all right ones."""
     body = src_input["body"]  # (B, T, 9, 3)
     # of the left hand x: the layer that both share sees like shapes
-    flip = body.new_tensor([-1.0, 1.0, 1.0])
+    flip = body.new_tensor([-1.0, 1.0, 1.0])  # (3,)
     left = hand_features(src_input["left"] * flip, body[:, :, LEFT_WRIST] * flip)  # (B, T, 148)
     right = hand_features(src_input["right"], body[:, :, RIGHT_WRIST])  # (B, T, 148)
-    return part_features(body), torch.cat([left, right])
+    return part_features(body), torch.cat([left, right])  # (B, T, 45), (2 B, T, 148)
 
 
 class CentredLinear(nn.Linear):
@@ -120,7 +120,7 @@ class CentredLinear(nn.Linear):
 
     def forward(self, x):
         """x (..., in_features) -> (..., out_features)."""
-        # deviations are mostly below a half: twice as much learns sooner
+        # deviations are mostly below a half: twice as much is nearer to 1
         return super().forward(2 * (x - self.mean))
 
 
@@ -199,7 +199,8 @@ class SignLanguageLite(nn.Module):
         self.pose_embed = nn.ModuleDict(
             {
                 "body": CentredLinear(5 * len(BODY), d_model),
-                "hand": CentredLinear(5 * len(LEFT) + 2 * (len(LEFT) - 1) + 3, d_model),
+                # joints, bones, wrist
+                "hand": CentredLinear(5 * len(LEFT) + 2 * 20 + 3, d_model),
             }
         )
         self.fusion = nn.Linear(3 * d_model, d_model)
@@ -262,8 +263,8 @@ class SignLanguageLite(nn.Module):
         """Take each pose feature's mean from these clips: before training, on their device."""
         body, hands = pose_features(src_input)
         real = src_input["attention_mask"].bool()  # (B, T)
-        self.pose_embed["body"].mean = body[real].mean(0)
-        self.pose_embed["hand"].mean = hands[real.repeat(2, 1)].mean(0)
+        self.pose_embed["body"].mean = body[real].mean(0)  # (45,)
+        self.pose_embed["hand"].mean = hands[real.repeat(2, 1)].mean(0)  # (148,)
 
     def encode_pose(self, src_input):
         """-> embeddings (B, T', d_model), mask (B, T'). Raises ConfigError beyond max_length."""

@@ -826,7 +826,7 @@ def micro_batch(run, number, counts, src_input, tgt_input, last):
 
 
 def optimiser_step(run):
-    """Divide the window's gradient by its tokens, over all processes, clip it and step.
+    """Divide the window's gradient by its tokens, over all processes, clip it, step, and average.
 
     A step that is not finite is skipped; RunError after ten of them in a row. Raises Stopped, when
     all is done, where a process was asked to stop.
@@ -868,9 +868,8 @@ def optimiser_step(run):
         run.average = run.average or [p.detach().clone() for p in run.model.parameters()]
     for average, parameter in zip(run.average, run.model.parameters()):
         average.lerp_(parameter.detach(), 1 / steps)
-    # what follows begins a new window
     run.last_loss = window["loss"] / tokens
-    run.window = Counter()
+    run.window = Counter()  # what follows begins a new one
     if run.bad_in_a_row >= 10:
         raise RunError(
             "10 steps in a row were not finite: lower learning_rate, keep max_grad_norm above 0, "
@@ -946,8 +945,8 @@ def validate(run):
     if run.place.rank == 0:  # the others wait
         # several processes stop at an optimiser step, together
         signals = run.signals if run.place.world == 1 else None
-        dev = make_loader(run.data["dev"])
-        scored = evaluate(averaged_model(run), dev, run.inference, run.place, signals)
+        model = averaged_model(run)
+        scored = evaluate(model, make_loader(run.data["dev"]), run.inference, run.place, signals)
     scores, rows = run.place.gather(scored)[0]
     # of training since the last validation
     sums = run.meter
@@ -967,7 +966,7 @@ def validate(run):
     print_validation(run, metrics, rows)
     if run.place.rank == 0:
         if run.best is metrics:
-            save_best(run, metrics)
+            save_best(run, model, metrics)
         lines = [json.dumps(line) + "\n" for line in run.history]
         write_whole(run.folder / "metrics.jsonl", "".join(lines))
         write_predictions(run.folder / "predictions_dev.txt", rows)
@@ -1201,11 +1200,14 @@ def remove(path):
         path.unlink(missing_ok=True)
 
 
-def save_best(run, metrics):
-    """Replace best/ as a whole; `models_lite.find_best` reads it, or best.old after a crash."""
+def save_best(run, model, metrics):
+    """Replace best/ as a whole by the model that was scored.
+
+    `models_lite.find_best` reads it, or best.old after a crash.
+    """
 
     def write(folder):
-        averaged_model(run).save_pretrained(folder, **run.description)
+        model.save_pretrained(folder, **run.description)
         (folder / "metrics.json").write_bytes(to_json(metrics).encode())
 
     write_whole(run.folder / "best", write)

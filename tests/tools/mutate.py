@@ -367,7 +367,7 @@ TABLE = {
             ("run.signals.number)):", "run.signals.number))[:1]:"),
             ("max(stop_signal, signal_number)", "run.signals.number"),
             ("    if stop_signal:\n        raise Stopped", "    if False:\n        raise Stopped"),
-            ("    run.window = Counter()\n", ""),
+            ("run.window = Counter()  # what", "pass  # what"),
         ],
         BITES + "repeated_batch": [
             ("summed_loss = summed_loss * 0.0", "pass"),
@@ -410,8 +410,8 @@ TABLE = {
             ("run.step / 8))", "run.step))"),
             ("max(1, min(run.config.average_steps, run", "max(1, min(99, run"),
             ("1 / steps)", "1)"),
-            ("evaluate(averaged_model(run), dev", "evaluate(run.model, dev"),
-            ("averaged_model(run).save_pretrained", "run.model.save_pretrained"),
+            ("model = averaged_model(run)", "model = run.model"),
+            ("        model.save_pretrained(folder", "        run.model.save_pretrained(folder"),
             ("model = deepcopy(run.model)", "model = run.model"),
         ],
         BITES + "last_weights": [
