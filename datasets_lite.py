@@ -47,8 +47,8 @@ THRESHOLD = 0.3  # a joint at or below this confidence counts as not seen
 # ears; in upper-body video they lie below the frame, and a guessed hip stretches the box that
 # everything is scaled by.
 BODY = [0, *range(3, 11)]
-LEFT = list(range(91, 112))
-RIGHT = list(range(112, 133))
+LEFT = [*range(91, 112)]
+RIGHT = [*range(112, 133)]
 PARTS = {"body": BODY, "left": LEFT, "right": RIGHT}
 USED = BODY + LEFT + RIGHT
 # each joint's fellow of the other side; face and legs, which nothing reads, stay
@@ -103,7 +103,7 @@ def read_labels(path):
             raw = gzip.decompress(raw)
         refuse_known(path, raw)
         if re.match(rb"[\x80(}\]c]", raw):  # a pickle's, of any protocol
-            data = unpickle(raw)
+            data = SafeUnpickler(io.BytesIO(raw)).load()
         else:
             data = parse_json(path, raw)
     if not isinstance(data, (dict, list)) or not data:
@@ -356,9 +356,9 @@ class SignLanguageDataset(Dataset):
             self.totals = self.lengths.copy()
             # sentences that nobody signed: a sign must be found wherever it stands. Not in the
             # first two epochs: short clips alone are learnt sooner
-            share = self.config.join if epoch >= 2 else 0.0
             for index, other in enumerate(rng.permutation(len(self)).tolist()):
-                if self._fit(index, other) and rng.random() < share:
+                fit = epoch >= 2 and self._fit(index, other)
+                if fit and rng.random() < self.config.join:
                     self.partners[index] = (other,)
                     self.totals[index] += self.lengths[other]
 
@@ -520,8 +520,9 @@ def read_clip(path, config, rng=None, frames=None, digest=""):
     """
     stored = load_pose_file(path, digest)
     keypoints, scores = stored
+    augmented = rng is not None and config.augment
     # on the clip as it was stored; its box is taken afterwards
-    if rng is not None and config.augment:
+    if augmented:
         keypoints, scores = augment_clip(keypoints, scores, rng, frames)
         # left-handed signers are few in any corpus
         if rng.random() < config.mirror:
@@ -530,6 +531,8 @@ def read_clip(path, config, rng=None, frames=None, digest=""):
     chosen = sample_frames(len(scores), config.max_length, rng)
     pose = load_part_kp(keypoints[chosen], scores[chosen])
     if pose["body"].any():
+        if augmented:
+            move_body(pose["body"], rng)
         return pose
     # the few frames that show a body were not among these: take those that show most
     keypoints, scores = stored
@@ -567,12 +570,11 @@ def augment_clip(keypoints, scores, rng, frames):
     keypoints = keypoints[chosen]  # (frames, 133, 2)
     scores = scores[chosen]
     # tilt and aspect, in one matrix
-    angle = np.radians(rng.uniform(-10, 10))
-    aspect = rng.uniform(0.9, 1.1)
-    turn = np.float32([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    turn[0] *= aspect
-    body = np.dstack([keypoints[:, BODY], scores[:, BODY]])  # (frames, 9, 3)
-    _, extent, _ = crop_scale(body, THRESHOLD)
+    turn = np.exp(1j * np.radians(rng.uniform(-10, 10)))  # cosine + 1j * sine
+    turn = np.float32([[turn.real, -turn.imag], [turn.imag, turn.real]])  # (2, 2)
+    turn[0] *= rng.uniform(0.9, 1.1)
+    motion = np.dstack([keypoints, scores])  # (frames, 133, 3)
+    _, extent, _ = crop_scale(motion[:, BODY], THRESHOLD)
     noise = rng.standard_normal((frames, len(USED), 2), np.float32)  # (frames, 51, 2)
     keypoints = keypoints @ turn  # (frames, 133, 2)
     keypoints[:, USED] += 0.003 * np.float32(extent) * noise
@@ -582,6 +584,18 @@ def augment_clip(keypoints, scores, rng, frames):
 def mirror(keypoints, scores):
     """The clip as a mirror shows it, its left hand now a right one: (T, 133, 2), (T, 133)."""
     return keypoints[:, MIRRORED] * np.float32([-1, 1]), scores[:, MIRRORED]
+
+
+def move_body(body, rng):
+    """Put body (T, 9, 3) as if in another box: up to 1.35 times as large or small, moved by 0.3.
+
+    An arm that is out for one frame makes a clip's box larger and moves all places in it. Of few
+    takes a model learns such places by heart (tests/RESULTS.md, "Where the body lies").
+    """
+    seen = body[..., 2:] > 0  # (T, 9, 1)
+    size, *shift = rng.uniform(-0.3, 0.3, 3)  # the logarithm of the size; x and y
+    place = body[..., :2] * np.exp(size) + body.new_tensor(shift)  # (T, 9, 2)
+    body[..., :2] = place.clip(-1, 1) * seen
 
 
 def pad_poses(poses):
@@ -624,7 +638,7 @@ def parse_pose(path, raw):
             data = read_pose_format(path, raw)
         else:
             refuse_known(path, raw)
-            data = unpickle(raw)
+            data = SafeUnpickler(io.BytesIO(raw)).load()
         if not isinstance(data, dict) or "keypoints" not in data:
             raise DataError(
                 f"{path}: keypoints and scores were expected, found {reprlib.repr(data)}"
@@ -851,10 +865,6 @@ def read_bytes(path, missing="no such pose file"):
     if not raw:
         raise DataError(f"{path}: an empty file")
     return raw
-
-
-def unpickle(raw):
-    return SafeUnpickler(io.BytesIO(raw)).load()
 
 
 class Stored:

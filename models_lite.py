@@ -61,8 +61,7 @@ def part_features(part):
     A velocity stands only where the joint was seen in this frame and in the one before: it never
     jumps a gap.
     """
-    xy = part[..., :2]  # (B, T, V, 2)
-    confidence = part[..., 2:]  # (B, T, V, 1)
+    xy, confidence = part.split([2, 1], -1)  # (B, T, V, 2), (B, T, V, 1)
     seen = confidence > 0  # (B, T, V, 1)
     seen_twice = seen[:, 1:] & seen[:, :-1]  # (B, T - 1, V, 1)
     velocity = torch.zeros_like(xy)  # (B, T, V, 2); the first frame has none
@@ -239,14 +238,8 @@ class SignLanguageLite(nn.Module):
         mt5.requires_grad_(True)
         if self.config.mt5_path:  # from scratch there is no language to keep
             # 2) the first decoder blocks keep their language
-            depth = self.config.freeze_decoder_layers
             blocks = mt5.decoder.block
-            blocks[:depth].requires_grad_(False)
-            if depth > len(blocks):
-                print(
-                    f"warning: freeze_decoder_layers is {depth}: all {len(blocks)} decoder blocks "
-                    "are frozen"
-                )
+            blocks[: self.config.freeze_decoder_layers].requires_grad_(False)
             # 3) the table of pieces, which encoder and decoder share
             mt5.shared.requires_grad_(self.config.train_embedding)
         self._print_parameters()

@@ -195,19 +195,17 @@ class Run:
         Of many validations of a small dev split the highest is a lucky moment, often an early one,
         and the schedule's end does better on test. So an entry may be one standard error below the
         highest of the second half of the entries up to it, and three below the highest of all. The
-        error is that of a share of dev's clips, at whichever of the two is nearer to 50 %. By
-        BLEU-4; where no text has four tokens by exact match, since of single words chrF tells too
-        little.
+        error: of a share as high as that of the second half, among so many clips. By BLEU-4; where
+        no text has four tokens by exact match, since of single words chrF tells too little.
         """
         measure = "bleu4" if any(m["bleu4"] for m in self.history) else "exact_match"
         scores = []  # in %
         for latest in self.history:
             scores.append(latest[measure])
-            highest = max(scores)
             recent = max(scores[(len(scores) - 1) // 2 :])
-            spread = max(highest * (100 - highest), recent * (100 - recent))
-            error = math.sqrt(abs(spread) / latest["dev_clips"])  # in %
-            if scores[-1] >= max(recent - error, highest - 3 * error):
+            # abs: BLEU of all that is right can be above 100 by a rounding
+            error = math.sqrt(recent * abs(100 - recent) / latest["dev_clips"])  # in %
+            if scores[-1] >= max(recent - error, max(scores) - 3 * error):
                 best = latest
         return best
 
@@ -287,11 +285,7 @@ def evaluate(model, data_loader, inference, place=None, signals=None):
     model.eval()
     # a row a clip; sums over the split, so that short batches do not weigh more
     rows = []
-    nll = 0.0
-    tokens = 0
-    correct = 0
-    wrong_glosses = 0
-    glosses = 0
+    nll = tokens = correct = wrong_glosses = glosses = 0
     bar = tqdm(data_loader, dataset.phase, disable=None)
     for (src_input, tgt_input), clips in zip(bar, data_loader.batch_sampler):
         if signals and signals.number:
@@ -626,7 +620,6 @@ def make_loader(dataset, batches=None):
         collate_fn=dataset.collate_fn,
         num_workers=config.num_workers,
         worker_init_fn=leave_signals_to_main,
-        generator=torch.Generator(),  # its own, so that loading draws nothing from torch's
     )
 
 
@@ -898,11 +891,10 @@ def on_device(src_input, place):
     except RuntimeError as error:
         if not re.search("out of memory|allocate memory", str(error)):
             raise
-        clips, frames = src_input["attention_mask"].shape
         raise RunError(
-            f"out of memory at {clips} clips x {frames} frames. What costs least first: half the "
-            "batch_size, twice gradient_accumulation: the same training; gradient_checkpointing; "
-            "lower max_length; train_embedding false"
+            "out of memory. What costs least first: half the batch_size, twice "
+            "gradient_accumulation: the same training; gradient_checkpointing; lower max_length; "
+            "train_embedding false"
         ) from error
 
 
@@ -1089,9 +1081,8 @@ def exchange(texts):
     """-> order: clip i is given clip order[i], of another text than its own wherever possible."""
     # by checksum: equal texts stand together, like ones, which a plain sort would pair, do not
     ranked = np.argsort([zlib.crc32(text.encode()) for text in texts], kind="stable")
-    # no clip may get its own text back
-    most = max(Counter(texts).values())
-    shift = max(most, len(texts) // 2)  # farther than the clips of any one text reach
+    # farther than the clips of any one text reach: no clip may get its own text back
+    shift = max(*Counter(texts).values(), len(texts) // 2)
     order = np.empty_like(ranked)
     order[ranked] = np.roll(ranked, -shift)
     return order.tolist()

@@ -435,13 +435,6 @@ def test_dropout_follows_from_seed_epoch_and_number(clips):
     assert loss() == losses[0]
 
 
-def test_loading_draws_nothing_from_torch(clips):
-    before = torch.get_rng_state()
-    loader = evaluation_loader(clips, 16)
-    assert len(list(loader)) == 3
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 def test_a_new_model_follows_from_the_seed(clips):
     data = {"train": copy.copy(clips), "dev": copy.copy(clips)}
     weights = []
@@ -1359,6 +1352,49 @@ def test_a_mirror_exchanges_left_and_right_and_nothing_else():
         assert (kept[:, joint] == scores[:, fellow]).all(), joint
     back = datasets_lite.mirror(moved, kept)
     assert (back[0] == keypoints).all() and (back[1] == scores).all()
+
+
+def test_a_training_clip_s_body_is_moved_as_by_another_box_and_its_hands_are_not(tmp_path):
+    """One factor and one shift for a clip; what was not seen stays zero, what leaves is clipped."""
+    keypoints, scores = random_clip(12)
+    keypoints[:, BODY] = (keypoints[:, BODY] - 0.5) / 4 + 0.5  # in the middle of its box
+    keypoints[:, [5, 10]] = [(0, 0), (1, 1)]  # but for two corners
+    scores[:, 7] = 0
+    path = write_pose(tmp_path / "a.pkl", keypoints, scores)
+    plain = read_clip(path, scratch_config())
+    inner = [i for i, joint in enumerate(BODY) if joint not in (5, 7, 10)]
+    corners = [BODY.index(5), BODY.index(10)]
+    sizes, shifts, beyond = [], [], 0
+    for seed in range(200):
+        moved = {part: tensor.clone() for part, tensor in plain.items()}
+        datasets_lite.move_body(moved["body"], np.random.default_rng(seed))
+        assert all(torch.equal(moved[part], plain[part]) for part in ("left", "right"))
+        assert torch.equal(moved["body"][..., 2], plain["body"][..., 2])
+        assert not moved["body"][:, BODY.index(7)].any()
+        assert moved["body"].abs().max() <= 1
+        beyond += int((moved["body"][:, corners, :2].abs() == 1).any())
+        before = plain["body"][:, inner, :2].double()
+        after = moved["body"][:, inner, :2].double()
+        size = ((after[-1] - after[0]) / (before[-1] - before[0])).median()
+        shift = (after - size * before).flatten(0, 1).median(0).values
+        assert torch.allclose(after, size * before + shift, atol=1e-5), f"seed {seed}"
+        sizes.append(size)
+        shifts += shift.tolist()
+    assert math.exp(-0.3) <= min(sizes) < 0.76 and 1.32 < max(sizes) <= math.exp(0.3)
+    assert -0.3001 <= min(shifts) < -0.28 and 0.28 < max(shifts) <= 0.3001
+    assert beyond > 100
+
+
+def test_the_body_is_moved_in_augmented_training_alone(tmp_path):
+    path = write_pose(tmp_path / "a.pkl", *random_clip(12))
+    moved = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets_lite, "move_body", lambda body, rng: moved.append(body))
+        read_clip(path, scratch_config(augment=True))
+        read_clip(path, scratch_config(augment=False), np.random.default_rng(0), 12)
+        assert not moved
+        pose = read_clip(path, scratch_config(augment=True), np.random.default_rng(0), 12)
+    assert moved[0] is pose["body"]
 
 
 def test_half_of_the_training_clips_are_mirrored_and_no_others(tmp_path):

@@ -5,6 +5,7 @@ python tests/tools/figures.py poses DATA_DIR OUT.png    contact sheet: clips as 
 """
 
 import argparse
+import io
 import json
 import math
 import re
@@ -42,7 +43,10 @@ def curves(run, out):
 def picture_shape(path):
     """-> (width / height of the clip's picture, whether the file tells)."""
     raw = path.read_bytes()
-    stored = np.load(path) if path.suffix == ".npz" else data_files.unpickle(raw)
+    if path.suffix == ".npz":
+        stored = np.load(path)
+    else:
+        stored = data_files.SafeUnpickler(io.BytesIO(raw)).load()
     if stored.get("w_h") is not None:
         width, height = stored["w_h"]
         return width / height, True
