@@ -1378,6 +1378,8 @@ def test_a_training_clip_s_body_is_moved_as_by_another_box_and_its_hands_are_not
         size = ((after[-1] - after[0]) / (before[-1] - before[0])).median()
         shift = (after - size * before).flatten(0, 1).median(0).values
         assert torch.allclose(after, size * before + shift, atol=1e-5), f"seed {seed}"
+        drawn = {round(float(value), 4) for value in (size.log(), *shift)}
+        assert len(drawn) == 3, f"seed {seed}: each is drawn by itself"
         sizes.append(size)
         shifts += shift.tolist()
     assert math.exp(-0.3) <= min(sizes) < 0.76 and 1.32 < max(sizes) <= math.exp(0.3)

@@ -138,6 +138,7 @@ FAULT_ROWS = {
     ),
     "no_velocities": Row("no velocities", patches=(faults.no_velocities,)),
     "no_bones": Row("no bones", patches=(faults.no_bones,)),
+    "no_moving": Row("the body stays in its box", patches=(faults.body_in_its_box,)),
     "no_centring": Row("features not centred", patches=(faults.no_centring,)),
 }
 # in no group, for it takes two hours a run

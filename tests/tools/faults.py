@@ -434,6 +434,14 @@ def no_bones(products_own, hand):
     return torch.zeros_like(found)
 
 
+@instead_of(datasets_lite, "move_body")
+def body_in_its_box(products_own, body, rng):
+    """Augmented clips keep the body's place."""
+    moved = body.clone()
+    products_own(moved, rng)
+    prove("it moves", lambda: not torch.equal(moved, body))
+
+
 @instead_of(models_lite, "hand_features")
 def hands_in_body_scale(products_own, hand, wrist):
     """A hand's shape stays divided by the body's box, as load_part_kp gives it."""
