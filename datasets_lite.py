@@ -237,11 +237,10 @@ def load_part_kp(skeletons, confs):
     it is all zero. The model brings it to its own scale (models_lite.hand_features).
     """
     # half precision could not hold every scale
-    skeletons = np.asarray(skeletons, np.float32)
-    confs = np.asarray(confs, np.float32)
+    clip = np.float32(np.dstack([skeletons, confs]))  # (T, 133, 3)
     kps_with_scores = {}
     for part, joints in PARTS.items():  # the body first: its scale is the hands', too
-        motion = np.dstack([skeletons[:, joints], confs[:, joints]])  # (T, V, 3)
+        motion = clip[:, joints]  # (T, V, 3)
         if part == "body":
             result, scale, _ = crop_scale(motion, THRESHOLD)
         else:
@@ -570,11 +569,10 @@ def augment_clip(keypoints, scores, rng, frames):
     keypoints = keypoints[chosen]  # (frames, 133, 2)
     scores = scores[chosen]
     # tilt and aspect, in one matrix
-    turn = np.exp(1j * np.radians(rng.uniform(-10, 10)))  # cosine + 1j * sine
-    turn = np.float32([[turn.real, -turn.imag], [turn.imag, turn.real]])  # (2, 2)
+    unit = np.exp(1j * np.radians(rng.uniform(-10, 10)))  # cosine + 1j * sine
+    turn = np.float32([[unit.real, -unit.imag], [unit.imag, unit.real]])
     turn[0] *= rng.uniform(0.9, 1.1)
-    motion = np.dstack([keypoints, scores])  # (frames, 133, 3)
-    _, extent, _ = crop_scale(motion[:, BODY], THRESHOLD)
+    _, extent, _ = crop_scale(np.dstack([keypoints, scores])[:, BODY], THRESHOLD)
     noise = rng.standard_normal((frames, len(USED), 2), np.float32)  # (frames, 51, 2)
     keypoints = keypoints @ turn  # (frames, 133, 2)
     keypoints[:, USED] += 0.003 * np.float32(extent) * noise
@@ -587,15 +585,15 @@ def mirror(keypoints, scores):
 
 
 def move_body(body, rng):
-    """Put body (T, 9, 3) as if in another box: up to 1.35 times as large or small, moved by 0.3.
+    """Give body (T, 9, 3) another size and place, so that a clip's own are not learnt by heart.
 
-    An arm that is out for one frame makes a clip's box larger and moves all places in it. Of few
-    takes a model learns such places by heart (tests/RESULTS.md, "Where the body lies").
+    They follow from the box, which one arm out for one frame changes: tests/RESULTS.md, "Where the
+    body lies". Unlike a real box this one may cut: what leaves -1..1 is clipped. A hand's shape is
+    left alone, for it has no place; that is its wrist's, which is of the body.
     """
-    seen = body[..., 2:] > 0  # (T, 9, 1)
-    size, *shift = rng.uniform(-0.3, 0.3, 3)  # the logarithm of the size; x and y
+    size, *shift = rng.uniform(-0.3, 0.3, 3)  # the logarithm of the size; x and y in half boxes
     place = body[..., :2] * np.exp(size) + body.new_tensor(shift)  # (T, 9, 2)
-    body[..., :2] = place.clip(-1, 1) * seen
+    body[..., :2] = place.clip(-1, 1) * (body[..., 2:] > 0)  # the unseen stay zero
 
 
 def pad_poses(poses):

@@ -238,8 +238,14 @@ class SignLanguageLite(nn.Module):
         mt5.requires_grad_(True)
         if self.config.mt5_path:  # from scratch there is no language to keep
             # 2) the first decoder blocks keep their language
+            depth = self.config.freeze_decoder_layers
             blocks = mt5.decoder.block
-            blocks[: self.config.freeze_decoder_layers].requires_grad_(False)
+            blocks[:depth].requires_grad_(False)
+            if depth > len(blocks):
+                print(
+                    f"warning: freeze_decoder_layers is {depth}: all {len(blocks)} decoder blocks "
+                    "are frozen"
+                )
             # 3) the table of pieces, which encoder and decoder share
             mt5.shared.requires_grad_(self.config.train_embedding)
         self._print_parameters()

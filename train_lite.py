@@ -195,8 +195,9 @@ class Run:
         Of many validations of a small dev split the highest is a lucky moment, often an early one,
         and the schedule's end does better on test. So an entry may be one standard error below the
         highest of the second half of the entries up to it, and three below the highest of all. The
-        error: of a share as high as that of the second half, among so many clips. By BLEU-4; where
-        no text has four tokens by exact match, since of single words chrF tells too little.
+        error, in both: that of a share as high as the second half's highest, among dev's clips. By
+        BLEU-4; where no text has four tokens by exact match, since of single words chrF tells too
+        little.
         """
         measure = "bleu4" if any(m["bleu4"] for m in self.history) else "exact_match"
         scores = []  # in %

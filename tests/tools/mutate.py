@@ -95,11 +95,7 @@ TABLE = {
         BITES + "without_a_body": [("scale > 0  # or", "scale >= 0  # or")],
         DATASETS + "nobody_wants": [("reversed(readers.values())", "readers.values()")],
         DATASETS + "half_precision": [
-            (
-                "    skeletons = np.asarray(skeletons, np.float32)\n"
-                "    confs = np.asarray(confs, np.float32)\n",
-                "",
-            )
+            ("np.float32(np.dstack([skeletons, confs]))", "np.dstack([skeletons, confs])")
         ],
         DATASETS + "first_joint": [
             ("usable &= usable[:, :1]", "usable &= usable[:, 1:2]"),
@@ -124,19 +120,20 @@ TABLE = {
             ("0.003 * np.float32(extent)", "0.01 * np.float32(extent)"),
             ("0.003 * np.float32(extent)", "0.003"),
             ("turn[0] *=", "turn *="),
-            ("-turn.imag], [turn.imag", "turn.imag], [turn.imag"),
+            ("-unit.imag], [unit.imag", "unit.imag], [unit.imag"),
             ("keypoints[:, USED] +=", "keypoints[:, : len(USED)] +="),
         ],
-        BITES + "another_box": [
+        BITES + "another_size": [
             ("np.exp(size)", "np.exp(-size / 2)"),
             ("rng.uniform(-0.3, 0.3, 3)", "rng.uniform(-0.3, 0.3, 1).repeat(3)"),
-            (".clip(-1, 1) * seen", ".clip(-1, 1)"),
-            ("place.clip(-1, 1) * seen", "place * seen"),
+            (" * (body[..., 2:] > 0)", ""),
+            ("place.clip(-1, 1) *", "place *"),
         ],
-        BITES + "moved_in_augmented": [
+        BITES + "moved_in": [
             ("augmented = rng is not None and config.augment", "augmented = config.augment"),
             ("augmented = rng is not None and config.augment", "augmented = rng is not None"),
             ('            move_body(pose["body"], rng)\n', "            pass\n"),
+            ('move_body(pose["body"], rng)', "[move_body(part, rng) for part in pose.values()]"),
         ],
         BITES + "middle": [
             ("inside = 0.5 if", "inside = 0.0 if"),
@@ -303,10 +300,11 @@ TABLE = {
             ("self.piece_position(pieces, begin)", "pieces"),
         ],
         MODELS + "requires_grad or nothing_is_frozen": [
-            ("blocks[: self.config", "blocks[self.config"),
+            ("blocks[:depth].requires_grad_(False)", "blocks[depth:].requires_grad_(False)"),
             ("shared.requires_grad_(self.config.train_embedding)", "requires_grad_(True)"),
             ("if self.config.mt5_path:  # from scratch", "if True:  # from scratch"),
         ],
+        MODELS + "depth_beyond": [("if depth > len(blocks):", "if False:")],
         MODELS + "start_smaller": [
             ("self.layer_norm.weight, 0.5)", "self.layer_norm.weight, 1.0)")
         ],
