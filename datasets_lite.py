@@ -356,8 +356,7 @@ class SignLanguageDataset(Dataset):
             # sentences that nobody signed: a sign must be found wherever it stands. Not in the
             # first two epochs: short clips alone are learnt sooner
             for index, other in enumerate(rng.permutation(len(self)).tolist()):
-                fit = epoch >= 2 and self._fit(index, other)
-                if fit and rng.random() < self.config.join:
+                if epoch >= 2 and self._fit(index, other) and rng.random() < self.config.join:
                     self.partners[index] = (other,)
                     self.totals[index] += self.lengths[other]
 

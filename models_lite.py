@@ -370,9 +370,8 @@ class SignLanguageLite(nn.Module):
         A clip with fewer positions than its glosses need adds nothing: it learns from its text.
         """
         classes = {word: i for i, word in enumerate(self.glosses, 2)}
-        targets = []  # one clip's behind another's
-        for gloss in glosses:
-            targets += [classes.get(word, UNKNOWN_GLOSS) for word in gloss]
+        # one clip's behind another's
+        targets = [classes.get(word, UNKNOWN_GLOSS) for gloss in glosses for word in gloss]
         lengths = mask.sum(1).long()  # (B,)
         target_lengths = lengths.new_tensor(list(map(len, glosses)))  # (B,)
         losses = F.ctc_loss(

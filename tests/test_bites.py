@@ -582,6 +582,8 @@ def figures(bleu4, exact, dev_loss, dev_clips=100, chrf=0.0):
         ([figures(0, x, 1, 150) for x in (0, 71, 51, 55, 61, 61, 56, 63, 61)], 8),
         ([figures(0, x, 1, 150) for x in (0, 71, 51, 55, 61)], 4),
         ([figures(0, x, 1, 150) for x in (0, 71, 51)], 1),
+        # below 50 % the error of the highest is the larger one
+        ([figures(x, 0, 1) for x in (30, 20, 17)], 2),
         # what collapses, or goes on far below, is never best, however long
         ([figures(x, 0, 1, 150) for x in (0, 20, 50, 70, 80, *[0] * 10)], 4),
         ([figures(x, 0, 1, 150) for x in (0, 50, 80, *[68] * 10)], 2),
