@@ -519,7 +519,7 @@ def read_clip(path, config, rng=None, frames=None, digest=""):
     stored = load_pose_file(path, digest)
     keypoints, scores = stored
     augmented = rng is not None and config.augment
-    # on the clip as it was stored; its box is taken afterwards
+    # on the clip as it was stored; its box is taken afterwards, and the body moved in it last
     if augmented:
         keypoints, scores = augment_clip(keypoints, scores, rng, frames)
         # left-handed signers are few in any corpus
@@ -584,11 +584,12 @@ def mirror(keypoints, scores):
 
 
 def move_body(body, rng):
-    """Give body (T, 9, 3) another size and place, so that a clip's own are not learnt by heart.
+    """Change body (T, 9, 3) in place: one other size and one other place for the whole clip.
 
-    They follow from the box, which one arm out for one frame changes: tests/RESULTS.md, "Where the
-    body lies". Unlike a real box this one may cut: what leaves -1..1 is clipped. A hand's shape is
-    left alone, for it has no place; that is its wrist's, which is of the body.
+    Where a body lies in its box depends on chance: one arm out for one frame makes the box larger.
+    Of few takes a model learns that place by heart (tests/RESULTS.md, "Where the body lies").
+    Unlike a real box this one may cut: what leaves -1..1 is clipped. The hands stay: they are
+    relative to their first joint, and the model takes their place from the body's wrists.
     """
     size, *shift = rng.uniform(-0.3, 0.3, 3)  # the logarithm of the size; x and y in half boxes
     place = body[..., :2] * np.exp(size) + body.new_tensor(shift)  # (T, 9, 2)

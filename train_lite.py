@@ -205,8 +205,9 @@ class Run:
             scores.append(latest[measure])
             highest = max(scores)
             recent = max(scores[(len(scores) - 1) // 2 :])
-            spread = max(share * (100 - share) for share in (highest, recent))
-            error = math.sqrt(abs(spread) / latest["dev_clips"])  # in %
+            variance = max(share * (100 - share) for share in (highest, recent))
+            # abs: BLEU of all that is right can be above 100 by a rounding
+            error = math.sqrt(abs(variance) / latest["dev_clips"])  # in %
             if scores[-1] >= max(recent - error, highest - 3 * error):
                 best = latest
         return best
