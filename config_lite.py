@@ -109,7 +109,7 @@ class TrainConfig:
     # it decides how BLEU cuts a text, and what stands between joined ones
     language: str = option("zh", "of the texts: by its ISO 639 code; zh is scored by character")
     # new every epoch; evaluation reads clips as they are
-    augment: bool = option(False, "vary speed, tilt, aspect, place and noise of training clips")
+    augment: bool = option(False, "vary speed, tilt, aspect, noise, the body's size and place")
     # with people that training has not seen it brought most; with the same people it costs a little
     mirror: float = option(
         0.5, "share of augmented clips with left and right exchanged; 0 = off", most=1

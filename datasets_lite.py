@@ -569,7 +569,7 @@ def augment_clip(keypoints, scores, rng, frames):
     scores = scores[chosen]
     # tilt and aspect, in one matrix
     unit = np.exp(1j * np.radians(rng.uniform(-10, 10)))  # cosine + 1j * sine
-    turn = np.float32([[unit.real, -unit.imag], [unit.imag, unit.real]])
+    turn = np.float32([[unit.real, -unit.imag], [unit.imag, unit.real]])  # (2, 2)
     turn[0] *= rng.uniform(0.9, 1.1)
     _, extent, _ = crop_scale(np.dstack([keypoints, scores])[:, BODY], THRESHOLD)
     noise = rng.standard_normal((frames, len(USED), 2), np.float32)  # (frames, 51, 2)

@@ -787,7 +787,8 @@ def cut(rows, size):
 
 def micro_batch(run, number, counts, src_input, tgt_input, last):
     """Forward and backward, the loss summed over tokens; processes exchange at the last."""
-    # from seed, epoch and number alone: a resumed run, or more processes, draw the same dropout
+    # from seed, epoch and number alone: a resumed run, or more processes, draw the same dropout,
+    # whatever the loaders have drawn from torch's generator before
     torch.manual_seed(hash((run.config.seed, run.epoch, number)))  # of ints: always the same
     # gradients travel once a window, not once a batch
     exchange_now = last or run.place.world == 1
